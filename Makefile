@@ -1,0 +1,37 @@
+# make demo · make test · make bench · make lint; each builds .venv first if it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test bench lint schema lock clean
+
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bundled,dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/lmp_trainer --exp gpt2ish --training-plan laptop --amp --tokens 262144
+	$(BIN)/lmp_trainer --exp ue --training-plan laptop --amp --tokens 262144
+	$(BIN)/lmp_plotstats gpt_out/laptop --target gpt2ish --out gpt_out/plots
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/train_speed.py
+
+schema: $(READY)
+	$(BIN)/python -m lmplay.plan > training_plans/plan.schema.json
+
+lock: $(READY)
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
+
+clean:
+	rm -rf .venv build dist *.egg-info

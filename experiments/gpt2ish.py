@@ -1,0 +1,154 @@
+"""The baseline: a GPT-2 that every idea is measured against.
+
+The idea: none. Pre-norm GPT-2 (Radford et al. 2019) with the choices of the original playground: separate
+query, key, value and output projections with biases, an exact GELU, an untied head with a bias.
+
+    x = E[token] + P[position]
+    x = x + proj(attention(LN(x)));  x = x + fc2(gelu(fc1(LN(x))))      for each of L blocks
+    logits = head(LN(x))
+
+Dropout follows the embeddings and each residual branch. It does not act on the attention weights, so that
+the fused attention can be used. Weights start as in GPT-2: normal with deviation .02, divided by sqrt(2 L)
+where they write to the residual stream. With tied=True and head_bias=False the weights map one to one to
+the transformers library's GPT2LMHeadModel (activation_function="gelu").
+
+Source: https://github.com/jmward01/lmplay (gpt2ish).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmplay.api import KVCache, ModelRunner, causal_attention, dropout
+
+
+@dataclass(frozen=True)
+class Config:
+    num_blocks: int = 6
+    embed_dim: int = 768
+    num_heads: int = 12
+    max_len: int = 1024
+    vocab_size: int = 50257
+    dropout: float = 0.1
+    tied: bool = False
+    head_bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+        if self.tied and self.head_bias:
+            raise ValueError("tied=true needs head_bias=false")
+
+
+class Linear(nn.Linear):
+    """nn.Linear that starts as GPT-2's: normal weights, zero bias."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, std: float = 0.02):
+        self.std = std
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that starts as GPT-2's."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.query = Linear(c.embed_dim, c.embed_dim)
+        self.key = Linear(c.embed_dim, c.embed_dim)
+        self.value = Linear(c.embed_dim, c.embed_dim)
+        self.proj = Linear(c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        heads = (self.num_heads, x.shape[-1] // self.num_heads)
+        q = self.query(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, t, h)
+        k = self.key(x).unflatten(-1, heads).transpose(1, 2)
+        v = self.value(x).unflatten(-1, heads).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
+        out = causal_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)
+        return dropout(self.proj(out), self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.dropout = c.dropout
+        self.fc1 = Linear(c.embed_dim, 4 * c.embed_dim)
+        self.fc2 = Linear(4 * c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(c.embed_dim)
+        self.attn = Attention(c, layer)
+        self.ln2 = nn.LayerNorm(c.embed_dim)
+        self.ff = FeedForward(c)
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln1(x), cache)
+        return x + self.ff(self.ln2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.dropout = c.dropout
+        self.tok_embed = Embedding(c.vocab_size, c.embed_dim)
+        self.pos_embed = Embedding(c.max_len, c.embed_dim)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_blocks))
+        self.ln = nn.LayerNorm(c.embed_dim)
+        self.head = Linear(c.embed_dim, c.vocab_size, bias=c.head_bias)
+        if c.tied:
+            self.head.weight = self.tok_embed.weight
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, t) -> hidden states (B, t, D); `head` turns them into logits."""
+        past = 0 if cache is None else cache.length
+        positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+        x = dropout(self.tok_embed(ids) + self.pos_embed(positions), self.dropout, self.training)
+        for block in self.blocks:
+            x = block(x, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.ln(x)
+
+
+class Runner(ModelRunner):
+    Config = Config
+
+    def build(self) -> nn.Module:
+        return GPT(self.config)
+
+
+BASELINE = "gpt2ish"
+
+VARIANTS: dict[str, dict] = {
+    "gpt2ish": {},
+    "gpt2ish_12": {"num_blocks": 12},
+    "gpt2ish_med": {"num_blocks": 24, "embed_dim": 1024, "num_heads": 16},
+    "gpt2ish_large": {"num_blocks": 36, "embed_dim": 1280, "num_heads": 20},
+    "gpt2ish_deep": {"num_blocks": 18, "embed_dim": 288, "num_heads": 6},
+    "gpt2ish_tiny": {"num_blocks": 2, "embed_dim": 32, "num_heads": 2},
+}

@@ -1,0 +1,164 @@
+"""Value norm: LayerNorm over each head's value vector, so that no value shouts down the attention's ranking.
+
+The idea: queries and keys decide how much each position counts; a value that happens to be large overrides
+that decision. Normalising the values (size h, one gain and bias shared by the heads of a block) takes the
+job of keeping them small from the value projection.
+
+    v = LN_h(W_v x)      nothing else changes
+
+`norm` names what is normalised: v (the idea), k, qk (QK-norm, Henry et al. 2020 with LayerNorm), kv.
+`where` names the blocks: all, skip_first (embeddings are left alone), first.
+Differs from gpt2ish in the lines marked CHANGED; costs h gains and h biases a block and under 1 % of time.
+
+The claim (to be tested): a small gain for nearly no cost; norms on keys or queries hurt.
+Source: https://github.com/jmward01/lmplay (normv).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmplay.api import KVCache, ModelRunner, causal_attention, dropout
+
+
+@dataclass(frozen=True)
+class Config:
+    num_blocks: int = 6
+    embed_dim: int = 768
+    num_heads: int = 12
+    max_len: int = 1024
+    vocab_size: int = 50257
+    dropout: float = 0.1
+    tied: bool = False
+    head_bias: bool = True
+    norm: Literal["v", "k", "qk", "kv"] = "v"  # CHANGED: what is normalised
+    where: Literal["all", "skip_first", "first"] = "all"  # CHANGED: in which blocks
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+        if self.tied and self.head_bias:
+            raise ValueError("tied=true needs head_bias=false")
+
+
+class Linear(nn.Linear):
+    """nn.Linear that starts as GPT-2's: normal weights, zero bias."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, std: float = 0.02):
+        self.std = std
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that starts as GPT-2's."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.query = Linear(c.embed_dim, c.embed_dim)
+        self.key = Linear(c.embed_dim, c.embed_dim)
+        self.value = Linear(c.embed_dim, c.embed_dim)
+        self.proj = Linear(c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
+        # CHANGED: a LayerNorm of the head's size for each of q, k, v that this block normalises
+        here = {"all": True, "skip_first": layer > 0, "first": layer == 0}[c.where]
+        head_dim = c.embed_dim // c.num_heads
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(head_dim) for name in c.norm if here})
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        heads = (self.num_heads, x.shape[-1] // self.num_heads)
+        q = self.query(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, t, h)
+        k = self.key(x).unflatten(-1, heads).transpose(1, 2)
+        v = self.value(x).unflatten(-1, heads).transpose(1, 2)
+        normed = {"q": q, "k": k, "v": v}  # CHANGED
+        for name, norm in self.norms.items():  # CHANGED
+            normed[name] = norm(normed[name])
+        q, k, v = normed["q"], normed["k"], normed["v"]  # CHANGED
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
+        out = causal_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)
+        return dropout(self.proj(out), self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.dropout = c.dropout
+        self.fc1 = Linear(c.embed_dim, 4 * c.embed_dim)
+        self.fc2 = Linear(4 * c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(c.embed_dim)
+        self.attn = Attention(c, layer)
+        self.ln2 = nn.LayerNorm(c.embed_dim)
+        self.ff = FeedForward(c)
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln1(x), cache)
+        return x + self.ff(self.ln2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.dropout = c.dropout
+        self.tok_embed = Embedding(c.vocab_size, c.embed_dim)
+        self.pos_embed = Embedding(c.max_len, c.embed_dim)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_blocks))
+        self.ln = nn.LayerNorm(c.embed_dim)
+        self.head = Linear(c.embed_dim, c.vocab_size, bias=c.head_bias)
+        if c.tied:
+            self.head.weight = self.tok_embed.weight
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, t) -> hidden states (B, t, D); `head` turns them into logits."""
+        past = 0 if cache is None else cache.length
+        positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+        x = dropout(self.tok_embed(ids) + self.pos_embed(positions), self.dropout, self.training)
+        for block in self.blocks:
+            x = block(x, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.ln(x)
+
+
+class Runner(ModelRunner):
+    Config = Config
+
+    def build(self) -> nn.Module:
+        return GPT(self.config)
+
+
+BASELINE = "gpt2ish"
+
+VARIANTS: dict[str, dict] = {
+    "value_norm": {},
+    "value_norm_skip_first": {"where": "skip_first"},
+    "value_norm_first": {"where": "first"},
+    "key_norm": {"norm": "k"},
+    "qk_norm": {"norm": "qk"},
+    "key_value_norm": {"norm": "kv"},
+}

@@ -1,0 +1,182 @@
+"""Checkpoints: folders that are whole or not there, of tensors and JSON, and nothing that is unpickled.
+
+A checkpoint's manifest holds size and sha256 of every file and is written last; the folder gets its name
+only after everything is on the disk. Loading takes the newest one that verifies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from .errors import LmplayError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One verified checkpoint. `state` is its JSON; tensors are read on demand."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.path.name)
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of the file `name`.safetensors, on the CPU."""
+        try:
+            return load_file(self.path / f"{name}.safetensors")
+        except (OSError, safetensors.SafetensorError) as e:
+            raise LmplayError(f"{self.path / name}.safetensors: it cannot be read: {e}") from e
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name, put it on the disk, and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(
+    folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], keep: int = 2
+) -> Path:
+    """Write checkpoint `step` under `folder`, then remove all but the newest `keep`.
+
+    Raises:
+        LmplayError: the disk is full or refuses; what was there stays.
+    """
+    final = folder / f"{step:09d}"
+    temporary = folder / f".{step:09d}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(".*.tmp"):  # of a process that was killed while it saved
+            shutil.rmtree(old)
+        temporary.mkdir()
+        for name, content in tensors.items():
+            # One tensor at two names would be stored twice; the names were made unique by the caller.
+            save_file(
+                {k: v.contiguous().cpu() for k, v in content.items()}, temporary / f"{name}.safetensors"
+            )
+        write_json(temporary / STATE, state)
+        manifest = {}
+        for file in sorted(temporary.iterdir()):
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+            manifest[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        write_json(temporary / MANIFEST, manifest)
+        _sync_folder(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_folder(folder)
+        for old in _numbered(folder)[:-keep]:
+            shutil.rmtree(old)
+    except (OSError, safetensors.SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(e, "strerror", None) or str(e)
+        raise LmplayError(
+            f"{final}: the checkpoint could not be written: {reason}; older ones are kept"
+        ) from e
+    return final
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("[0-9]*") if p.is_dir()) if folder.is_dir() else []
+
+
+def verify(path: Path) -> Checkpoint:
+    """The checkpoint in the folder `path`, every byte of it compared with its manifest.
+
+    Raises:
+        LmplayError: what is wrong with it, in a few words.
+    """
+    pickles = [p.name for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
+    if not (path / MANIFEST).is_file():
+        if pickles:
+            raise LmplayError(f"{pickles[0]} is a pickle, which can run code when it is read: refused")
+        raise LmplayError("it has no manifest")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != expected["size"]:
+                raise LmplayError(f"{name} is missing or cut short")
+            if _sha256(file) != expected["sha256"]:
+                raise LmplayError(f"{name} is damaged (its sha256 differs)")
+        return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise LmplayError(f"it cannot be read: {e}") from e
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies; `say` hears which were skipped and why. None where there is none.
+
+    Raises:
+        LmplayError: there are checkpoints, and none verifies.
+    """
+    numbered = _numbered(folder)
+    for path in reversed(numbered):
+        try:
+            return verify(path)
+        except LmplayError as e:
+            say(f"checkpoint {path} skipped: {e}")
+    if numbered:
+        raise LmplayError(f"{folder}: none of {len(numbered)} checkpoints can be used; --fresh starts anew")
+    return None
+
+
+def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, a shared parameter under its first name only."""
+    persistent = model.state_dict()
+    parameters = dict(model.named_parameters())
+    shared = {n for n, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
+    return {n: t.detach() for n, t in persistent.items() if n not in shared}
+
+
+def load_model_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where: Path) -> None:
+    """Copy tensors into the model; names and shapes must agree.
+
+    Raises:
+        LmplayError: they do not; the first difference is named.
+    """
+    own = model_tensors(model)
+    for name in sorted(set(own) ^ set(tensors)):
+        raise LmplayError(
+            f"{where}: the tensor {name} is {'missing' if name in own else 'not in this model'}"
+        )
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            shapes = f"{list(tensor.shape)}, the model's is {list(own[name].shape)}"
+            raise LmplayError(f"{where}: {name} has the shape {shapes}: another vocabulary or size")
+        own[name].copy_(tensor)

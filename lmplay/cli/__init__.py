@@ -1,0 +1,24 @@
+"""The commands. Each is a thin file; what they share is how they end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from ..errors import LmplayError
+
+
+def ending(command: str, body: Callable[[], int]) -> int:
+    """Run a command's body; what a user can mend becomes one line on stderr and an exit status."""
+    try:
+        return body()
+    except LmplayError as e:
+        print(f"{command}: {e}", file=sys.stderr)
+        return e.exit_status
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted; the same command starts again from what is finished", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, head say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -1,0 +1,355 @@
+"""lmp_trainer: train an experiment on a training plan, or list and describe what there is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..discover import Source, find, list_sources, load
+from ..errors import LmplayError
+from . import ending
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..discover import Experiment
+    from ..plan import Plan
+    from ..report import Report
+    from ..trainer import Trainer
+
+EPILOG = """examples:
+  lmp_trainer --exp list                               what can be trained
+  lmp_trainer --exp ue                                 train Unified Embeddings on the plan for this machine
+  lmp_trainer --exp ue --training-plan smoke           the same in seconds, to see that it runs
+  lmp_trainer --exp my_idea.py --minutes 5             your own file
+  lmp_trainer --exp ue --set front_embed_mul=16        another setting
+  lmp_trainer --exp ue --describe                      what it is and how large
+
+exit status: 0 done, 1 an error that its line explains, 2 wrong usage, 3 loss or gradient not finite,
+130 stopped by Ctrl-C, 143 stopped by SIGTERM (both saved; the same command goes on)."""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="lmp_trainer",
+        description="Train a language-model idea, so that it can be compared with a baseline.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--exp", default="gpt2ish", metavar="NAME|FILE.py[:VARIANT]|list", help="the experiment (gpt2ish)"
+    )
+    p.add_argument("--describe", action="store_true", help="say what the experiment is, and do not train")
+    p.add_argument(
+        "--training-plan",
+        metavar="NAME|FILE.json|list",
+        help="the arena (laptop without a GPU, else default)",
+    )
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    p.add_argument(
+        "--amp", action="store_true", help="bf16 where the hardware has it, fp16 on older CUDA cards"
+    )
+    p.add_argument("--compile-model", action="store_true", help="torch.compile the model")
+    p.add_argument(
+        "--mini-batch-size", type=positive_int, metavar="N", help="sequences in a pass (found by trying)"
+    )
+    p.add_argument("--seed", type=int, help="of weights and dropout, never of the data's order (the plan's)")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a Config field"
+    )
+    p.add_argument("--minutes", type=positive_float, help="budget of training time, instead of the plan's")
+    p.add_argument("--tokens", type=positive_int, help="budget of tokens, instead of the plan's")
+    p.add_argument("--steps", type=positive_int, help="budget of optimizer steps, instead of the plan's")
+    p.add_argument("--fresh", action="store_true", help="start anew; a run that is there is moved aside")
+    p.add_argument("--no-dirty", action="store_true", help="refuse to run with uncommitted changes")
+    p.add_argument(
+        "--check-grads", action="store_true", help="list parameters that get no gradient, and do not train"
+    )
+    p.add_argument("--profile", action="store_true", help="profile a few steps, and do not train")
+    p.add_argument(
+        "--save-minutes", type=float, default=5.0, metavar="M", help="between checkpoints (5); 0: each step"
+    )
+    p.add_argument(
+        "--out", type=Path, default=Path("gpt_out"), metavar="FOLDER", help="where runs are kept (gpt_out)"
+    )
+    return p
+
+
+def positive_int(text: str) -> int:
+    value = int(float(text)) if "e" in text.lower() else int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return ending("lmp_trainer", lambda: command(args))
+
+
+def command(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    console = Console()
+    if args.exp == "list":
+        list_experiments(list_sources(), console)
+        return 0
+    if args.training_plan == "list":
+        list_plans(console)
+        return 0
+    source, variant = find(args.exp)
+    overrides = parse_overrides(args.overrides)
+    from ..devices import tune_memory
+
+    memory = tune_memory()  # before torch is imported
+    return train(args, load(source, variant), overrides, memory, console)
+
+
+def parse_overrides(items: list[str]) -> dict[str, str]:
+    pairs = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise LmplayError(f"--set {item}: write it as KEY=VALUE")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def list_experiments(sources: list[Source], console: Console) -> None:
+    """One row an idea, its variants folded under it; broken ones with the reason."""
+    from rich.table import Table
+
+    table = Table("experiment", "what it is", "from", box=None, pad_edge=False)
+    width = None if console.is_terminal else 10_000  # a pipe gets whole lines
+    for source in sorted(sources, key=lambda s: (s.origin != "shipped", s.idea)):
+        if source.broken:
+            table.add_row(source.idea, f"[red]broken:[/red] {escape(source.broken)}", escape(source.origin))
+            continue
+        table.add_row(f"[bold]{escape(source.idea)}[/bold]", escape(source.summary), escape(source.origin))
+        others = [v for v in source.variants if v != source.idea]
+        if others:
+            table.add_row("", f"[dim]also: {escape(', '.join(others))}[/dim]", "")
+    console.print(table, width=width, highlight=False)
+
+
+def list_plans(console: Console) -> None:
+    from rich.table import Table
+
+    from ..plan import load_plan, plan_files
+
+    table = Table("training plan", "what it is", box=None, pad_edge=False)
+    for name, path in plan_files().items():
+        try:
+            table.add_row(f"[bold]{escape(name)}[/bold]", escape(load_plan(path).description))
+        except LmplayError as e:
+            table.add_row(escape(name), f"[red]broken:[/red] {escape(str(e))}")
+    console.print(table, width=None if console.is_terminal else 10_000, highlight=False)
+
+
+def escape(text: str) -> str:
+    from rich.markup import escape as rich_escape
+
+    return rich_escape(text)
+
+
+def choose_plan(name: str | None, report: Report) -> tuple[str, Plan]:
+    """The plan asked for; without one, what suits the machine, and it is said."""
+    import torch
+
+    from ..plan import find_plan, load_plan
+
+    if name is None:
+        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+        name = "default" if accelerated else "laptop"
+        reason = "a GPU is here" if accelerated else "no GPU is here"
+        report.note(f"training plan: {name} ({reason}; --training-plan list shows the others)")
+    path = find_plan(name)
+    return path.stem, load_plan(path)
+
+
+def train(
+    args: argparse.Namespace, experiment: Experiment, overrides: dict[str, str], memory: str, console: Console
+) -> int:
+    import torch
+
+    from .. import __version__
+    from ..data.shards import prepare
+    from ..devices import describe_device, pick_device, pick_precision
+    from ..report import Report
+    from ..runs import RunFolder, folder_name, git_state, identity
+    from ..trainer import Options, Stopped, Trainer
+
+    report = Report(console)
+    device = pick_device(args.device)
+    precision = pick_precision(device, args.amp)
+    if precision.note:
+        report.note(precision.note)
+    plan_name, plan = choose_plan(args.training_plan, report)
+    plan = plan.with_budget(args.tokens, args.steps, args.minutes)
+    commit, diff = git_state(Path.cwd())
+    if args.no_dirty and diff:
+        raise LmplayError(
+            "--no-dirty: the tree has uncommitted changes (git status shows them); commit or stash them"
+        )
+
+    with report:
+        prepared = prepare(plan, report.preparing)
+    sizes = {**plan.sizes(), "vocab_size": prepared.tokenizer.vocab_size}
+    config, without = experiment.config(sizes, overrides)
+    if without:
+        report.note(f"{experiment.variant} has no {', '.join(without)}: the plan's is not used")
+    runner = experiment.runner(config)
+    if args.describe:
+        describe(experiment, runner, config, console)
+        return 0
+
+    seed = plan.seed if args.seed is None else args.seed
+    wanted = identity(
+        plan, experiment, config, seed, precision.name, prepared.tokenizer.fingerprint, prepared.fingerprint
+    )
+    budgets = [
+        f"{value:g}{unit}"
+        for value, unit in ((args.tokens, "tokens"), (args.steps, "steps"), (args.minutes, "min"))
+        if value
+    ]
+    extras = budgets + ([precision.name] if precision.name != "fp32" else [])
+    run = RunFolder(args.out / plan_name / folder_name(experiment.variant, overrides, extras, seed))
+    options = Options(args.compile_model, args.save_minutes)
+    if args.check_grads or args.profile:
+        trainer = Trainer(plan, prepared, runner, seed, device, precision, run, report, options)
+        return check_grads(trainer, console) if args.check_grads else profile(trainer, args, console)
+
+    exists = run.open(wanted, args.fresh)
+    report.log_path = run.path / "log.txt"
+    if exists and run.read().get("summary"):
+        report.note(f"{run.path} is finished; --fresh trains it again")
+        print_summary(run.read()["summary"])
+        return 0
+    report.note(
+        f"{experiment.variant} on {plan_name}, seed {seed}, {describe_device(device)}, {precision.name}"
+    )
+    trainer = Trainer(plan, prepared, runner, seed, device, precision, run, report, options)
+    known = run.read() if exists else {}
+    if not exists:
+        run.create(
+            {
+                "identity": wanted, "plan_name": plan_name, "plan": plan.model_dump(mode="json", by_alias=True),
+                "baseline": experiment.source.baseline, "idea": experiment.source.idea, "overrides": overrides,
+                "command": ["lmp_trainer", *sys.argv[1:]], "device": describe_device(device), "memory": memory,
+                "versions": {"lmplay": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+                "threads": torch.get_num_threads(), "git": {"commit": commit, "dirty": bool(diff)},
+            },
+            experiment, prepared.tokenizer,
+        )  # fmt: skip
+        if diff:
+            (run.path / "uncommitted.diff").write_text(diff, encoding="utf-8")
+    elif known.get("threads") != torch.get_num_threads():
+        report.note(
+            f"this run began with {known.get('threads')} threads: equal from here on but for rounding"
+        )
+    if trainer.resume():
+        report.note(f"resuming {run.path} at step {trainer.place.step}, {trainer.place.tokens} tokens")
+    with report:
+        run.update(**trainer.prepare(args.mini_batch_size, known))
+        try:
+            summary = trainer.train()
+        except Stopped as e:
+            report.note(f"{e}; saved at step {trainer.place.step}. The same command goes on from there.")
+            return e.status
+    run.update(summary=summary)
+    report.note(f"finished: {run.path}")
+    print_summary(summary)
+    return 0
+
+
+def print_summary(summary: dict[str, object]) -> None:
+    """`key: value` lines that a grep finds."""
+    for key, value in summary.items():
+        print(
+            f"{key}: {value:.6f}"
+            if isinstance(value, float) and key.startswith("val_")
+            else f"{key}: {value}"
+        )
+
+
+def describe(experiment: Experiment, runner: object, config: object, console: Console) -> None:
+    """Docstring, config with what differs from the defaults, sizes and FLOPs."""
+    import dataclasses
+
+    import torch
+
+    from .. import probe
+    from ..api import Batch, ModelRunner
+    from ..report import count
+
+    assert isinstance(runner, ModelRunner)
+    console.print(experiment.source.doc.strip(), markup=False, highlight=False, soft_wrap=True)
+    print(f"\nfile: {experiment.source.path}\nvariant: {experiment.variant}")
+    print(f"variants: {', '.join(experiment.source.variants)}\n\nconfig:")
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        note = "" if value == field.default else f"   (default {field.default})"
+        print(f"  {field.name} = {value}{note}")
+    model = probe.build_model(runner, 0)
+    total, extra = probe.parameter_counts(runner, model)
+    length = config.max_len  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)  # type: ignore[attr-defined]
+    flops = probe.count_flops(runner, model, Batch(ids, ids))
+    print(f"\nparameters: {total} ({count(total)})\ntraining_only_parameters: {extra} ({count(extra)})")
+    if extra:
+        from fnmatch import fnmatch
+
+        for name, p in model.named_parameters():
+            if any(fnmatch(name, pattern) for pattern in runner.training_only):
+                print(f"  {name} {list(p.shape)}")
+    print(f"flops_per_token: {flops:.4g} ({count(flops)}; training, one sequence of {length})")
+
+
+def check_grads(trainer: Trainer, console: Console) -> int:
+    """Names the parameters that one batch gives no gradient; exit status 1 when there are any."""
+    from .. import probe
+
+    arrays = trainer.streams[0].batch(0, trainer.batch_size)
+    size = min(4, trainer.batch_size)
+    idle = probe.without_gradient(
+        trainer.runner, trainer.model, probe.to_batch(arrays, slice(0, size), trainer.device)
+    )
+    for name in idle:
+        print(f"no gradient: {name}")
+    total = sum(1 for _ in trainer.model.parameters())
+    print(f"parameters_without_gradient: {len(idle)} of {total}")
+    return 1 if idle else 0
+
+
+def profile(trainer: Trainer, args: argparse.Namespace, console: Console) -> int:
+    """A Chrome trace of a few optimizer steps, and the top operators as a table."""
+    from .. import probe
+
+    trainer.prepare(args.mini_batch_size, {})
+    arrays = trainer.streams[0].batch(0, trainer.batch_size)
+
+    def step() -> None:
+        trainer.accumulate(arrays)
+        trainer.optimizers.prepare(trainer.plan.batch.grad_clip, trainer.loss_scale)
+        trainer.optimizers.step()
+        trainer.optimizers.zero_grad()
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    trace = args.out / f"profile-{Path(trainer.run.path).name}.json"
+    console.print(probe.profile(step, trainer.device, trace))
+    print(f"trace: {trace} (open it at chrome://tracing or ui.perfetto.dev)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""From tokens to batches: packed sequences in an order that is a pure function of the position.
+
+Sequence i of a data set is the tokens [iT, iT + T); its targets are the tokens one further. Nothing is
+padded and no two sequences overlap. Which sequence comes at which place follows from (plan seed, plan step,
+data set, epoch, place) alone: the same for every experiment, run seed and mini-batch size. A resume
+computes its place directly, and several processes each compute their own share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import LmplayError
+from ..plan import Plan, Step
+from .shards import Prepared, Tokens
+
+IGNORE = -100  # as in lmplay.api, which needs torch
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """A pseudo-random permutation of range(n), evaluated at `index` without holding it.
+
+    A balanced Feistel network of six rounds (Luby & Rackoff 1988) on the smallest domain of 4^k >= n, walked
+    until the value falls below n (Black & Rogaway 2002, "cycle walking").
+
+    index (m,) with values in [0, n) -> (m,) uint64.
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    shift = np.uint64(half)
+    keys = [np.uint64(_hash(key, r)) for r in range(6)]
+
+    def encrypt(x: np.ndarray) -> np.ndarray:
+        left, right = x >> shift, x & mask
+        for k in keys:
+            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+            mixed *= np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        return (left << shift) | right
+
+    out = encrypt(index.astype(np.uint64))
+    while (outside := out >= n).any():
+        out[outside] = encrypt(out[outside])
+    return out
+
+
+def _hash(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
+
+
+def share(batch_size: int, rank: int, world: int) -> slice:
+    """Which sequences of a batch process `rank` of `world` reads: contiguous, as equal as can be."""
+    return slice(batch_size * rank // world, batch_size * (rank + 1) // world)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Sequences as arrays: ids and targets (m, T) int64; targets are IGNORE where no loss is counted."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def n_tokens(self) -> int:
+        return int((self.targets != IGNORE).sum())
+
+
+class Mixture:
+    """The stream of sequences of one plan step.
+
+    Data sets take turns in a repeating pattern: one turn each, or by weights in a pattern of up to 1000
+    turns in which each data set's turns are spread evenly.
+    """
+
+    PATTERN = 1000
+
+    def __init__(self, step: Step, number: int, sets: list[Tokens], length: int, seed: int):
+        self.step, self.number, self.length, self.seed = step, number, length, seed
+        self.sets = sets
+        self.sizes = np.array([max(0, (len(t.train) - 1) // length) for t in sets])
+        for tokens, size in zip(sets, self.sizes, strict=True):
+            if size == 0:
+                raise LmplayError(
+                    f"data set {tokens.name}: {len(tokens.train)} training tokens do not make one sequence of {length}"
+                )
+        counts = self._turns()
+        # Turns of a data set with c of them stand at (i + 1/2) / c; sorting merges the data sets evenly.
+        places = [((i + 0.5) / c, d, i) for d, c in enumerate(counts) for i in range(c)]
+        ordered = sorted(places)
+        self.pattern = np.array([d for _, d, _ in ordered])
+        self.nth = np.array([i for _, _, i in ordered])  # the how-manieth turn of its data set in the pattern
+        self.turns = np.array(counts)
+
+    def _turns(self) -> list[int]:
+        weights = self.step.weights
+        if weights is None:
+            return [1] * len(self.sets)
+        total = sum(weights)
+        return [max(1, round(self.PATTERN * w / total)) for w in weights]
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences an epoch of this step has."""
+        if self.step.interleave == "concatenate":
+            return int(self.sizes.sum())
+        rounds = self.sizes / self.turns
+        fit = rounds.min() if self.step.interleave == "first_exhausted" else rounds.max()
+        return max(1, int(fit * len(self.pattern)))
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Data set and sequence number (m,) of each place in the stream."""
+        if self.step.interleave == "concatenate":
+            total = int(self.sizes.sum())
+            flat = self._shuffled(positions, total, "all")
+            which = np.searchsorted(np.cumsum(self.sizes), flat, side="right")
+            return which, flat - (np.cumsum(self.sizes) - self.sizes)[which]
+        rounds, turn = positions // len(self.pattern), positions % len(self.pattern)
+        which = self.pattern[turn]
+        nth = rounds * self.turns[which] + self.nth[turn]
+        out = np.empty(len(positions), dtype=np.int64)
+        for d, tokens in enumerate(self.sets):
+            here = which == d
+            out[here] = self._shuffled(nth[here], int(self.sizes[d]), tokens.name)
+        return which, out
+
+    def _shuffled(self, nth: np.ndarray, size: int, name: str) -> np.ndarray:
+        """The nth draw from `size` sequences, every epoch in a fresh order."""
+        out = np.empty(len(nth), dtype=np.int64)
+        for epoch in np.unique(nth // size):
+            here = nth // size == epoch
+            key = _hash("order", self.seed, self.number, name, int(epoch))
+            out[here] = permute(nth[here] % size, size, key).astype(np.int64)
+        return out
+
+    def batch(self, index: int, batch_size: int, rank: int = 0, world: int = 1) -> Arrays:
+        """The sequences that process `rank` of `world` reads in optimizer step `index` of this plan step."""
+        part = share(batch_size, rank, world)
+        positions = np.arange(index * batch_size + part.start, index * batch_size + part.stop)
+        which, sequence = self.locate(positions)
+        pairs = [
+            cut(self.sets[d].train, self.sets[d].train_mask, int(s), self.length)
+            for d, s in zip(which, sequence, strict=True)
+        ]
+        return Arrays(np.stack([i for i, _ in pairs]), np.stack([t for _, t in pairs]))
+
+
+def cut(
+    tokens: np.ndarray, mask: np.ndarray | None, sequence: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """ids and targets (T,) of one sequence; what is missing at the end of the tokens is IGNORE."""
+    start = sequence * length
+    window = np.asarray(tokens[start : start + length + 1]).astype(np.int64)
+    ids, targets = np.zeros(length, np.int64), np.full(length, IGNORE, np.int64)
+    ids[: len(window[:-1])] = window[:-1]
+    targets[: len(window) - 1] = window[1:]
+    if mask is not None:
+        counted = np.asarray(mask[start + 1 : start + length + 1]).astype(bool)
+        targets[: len(counted)][~counted] = IGNORE
+    return ids, targets
+
+
+def mixtures(plan: Plan, prepared: Prepared, length: int) -> list[Mixture]:
+    """One stream for each step of the plan, with sequences of `length` tokens."""
+    return [
+        Mixture(step, number, [prepared.tokens[name] for name in step.datasets], length, plan.seed)
+        for number, step in enumerate(plan.steps)
+    ]
+
+
+class ValidationSet:
+    """The fixed validation set of a plan: the first tokens of each data set's validation documents, whole."""
+
+    def __init__(self, plan: Plan, prepared: Prepared, length: int):
+        names = plan.used_datasets
+        budget = max(1, plan.validation.tokens // len(names))
+        self.length, self.parts = length, []
+        for name in names:
+            tokens = prepared.tokens[name]
+            n = min(len(tokens.val), budget + 1)
+            if n < 2:
+                raise LmplayError(
+                    f"data set {name}: no document fell into validation; raise validation.fraction in the plan"
+                )
+            mask = None if tokens.val_mask is None else tokens.val_mask[:n]
+            self.parts.append((tokens.val[:n], mask))
+
+    def batches(self, size: int) -> Iterator[Arrays]:
+        """All of it, `size` sequences at a time; the last of a data set is filled up with IGNORE."""
+        pairs = [
+            cut(tokens, mask, s, self.length)
+            for tokens, mask in self.parts
+            for s in range((len(tokens) - 2) // self.length + 1)
+        ]
+        for start in range(0, len(pairs), size):
+            chunk = pairs[start : start + size]
+            yield Arrays(np.stack([i for i, _ in chunk]), np.stack([t for _, t in chunk]))

@@ -1,0 +1,272 @@
+"""From documents to token files: once per source and tokenizer, memory-mapped afterwards.
+
+A prepared folder holds train.bin and val.bin (token ids one after another, documents ended by end-of-text),
+masks beside them where some tokens are not counted, and manifest.json. It is made under a temporary name
+and renamed when it is whole: an interrupted preparation leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ..errors import LmplayError
+from ..plan import BinsSource, BpeTokenizer, BytesTokenizer, CharsTokenizer, Plan, TiktokenTokenizer
+from ..tokenizers import Bytes, Chars, Tiktoken, Tokenizer, from_state, train_bpe
+from .sources import Document, Source, open_source
+
+VERSION = 1  # of the folder's form: a new one makes old folders be prepared again
+Progress = Callable[[str, int], None]  # (what, how many documents so far)
+
+
+def cache_folder() -> Path:
+    """Where prepared tokens are kept: $LMP_CACHE, or lmplay in the user's cache folder."""
+    if os.environ.get("LMP_CACHE"):
+        return Path(os.environ["LMP_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmplay"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One data set's tokens. `train` and `val` are (n,) memory maps; a mask is 1 where a token is counted."""
+
+    name: str
+    train: np.ndarray
+    val: np.ndarray
+    train_mask: np.ndarray | None
+    val_mask: np.ndarray | None
+    fingerprint: str  # of the content, both splits
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a plan's data sets give: the tokenizer, and tokens by data set."""
+
+    tokenizer: Tokenizer
+    tokens: dict[str, Tokens]
+
+    @property
+    def fingerprint(self) -> str:
+        parts = [f"{name} {t.fingerprint}" for name, t in sorted(self.tokens.items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def in_validation(document: Document, fraction: float) -> bool:
+    """Whether a document belongs to validation: by its content alone, so a copy is never on the other side."""
+    digest = hashlib.blake2b("".join(text for text, _ in document).encode("utf-8", "replace"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big") < fraction * 2**64
+
+
+def prepare(plan: Plan, progress: Progress) -> Prepared:
+    """The plan's tokenizer and tokens, made now or found in the cache.
+
+    Raises:
+        LmplayError: a source is missing, a disk is full, a vocabulary does not fit.
+    """
+    specs = {name: plan.datasets[name] for name in plan.used_datasets}
+    sources = {name: open_source(name, s) for name, s in specs.items() if not isinstance(s, BinsSource)}
+    fraction = plan.validation.fraction
+    try:
+        tokenizer = _tokenizer(plan.tokenizer, list(sources.values()), fraction, progress)
+        tokens = {}
+        for name, spec in specs.items():
+            if isinstance(spec, BinsSource):
+                tokens[name] = open_bins(name, spec, tokenizer)
+            else:
+                tokens[name] = tokenize(sources[name], tokenizer, fraction, progress)
+    except OSError as e:
+        raise LmplayError(
+            f"preparing the data failed: {e.strerror or e} ({e.filename or cache_folder()})"
+        ) from e
+    return Prepared(tokenizer, tokens)
+
+
+def _tokenizer(
+    spec: BytesTokenizer | CharsTokenizer | TiktokenTokenizer | BpeTokenizer,
+    sources: list[Source],
+    fraction: float,
+    progress: Progress,
+) -> Tokenizer:
+    if isinstance(spec, BytesTokenizer):
+        return Bytes()
+    if isinstance(spec, TiktokenTokenizer):
+        return Tiktoken(spec.name)
+    if not sources:
+        raise LmplayError(
+            f"tokenizer {spec.kind} is made from documents, and this plan has none but token files"
+        )
+    key = json.dumps([spec.model_dump(), fraction, [s.fingerprint for s in sources], VERSION])
+    path = cache_folder() / "tokenizers" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if path.exists():
+        return from_state(json.loads(path.read_text(encoding="utf-8")))
+    progress(f"training the {spec.kind} tokenizer", 0)
+    tokenizer: Tokenizer
+    if isinstance(spec, CharsTokenizer):
+        # Of validation documents too: a character without a token could not be counted in bits per byte.
+        tokenizer = Chars("".join({c for s in sources for d in s.documents() for text, _ in d for c in text}))
+    else:
+        tokenizer = train_bpe(_training_texts(sources, fraction, spec.train_characters), spec.vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(tokenizer.state(), ensure_ascii=False), encoding="utf-8")
+    temporary.replace(path)
+    return tokenizer
+
+
+def _training_texts(sources: list[Source], fraction: float, characters: int) -> Iterator[str]:
+    """Training documents of all sources, an equal share of characters from each."""
+    for source in sources:
+        left = characters // len(sources)
+        for document in source.documents():
+            if left <= 0:
+                break
+            if not in_validation(document, fraction):
+                text = "".join(text for text, _ in document)
+                left -= len(text)
+                yield text
+
+
+class _SplitWriter:
+    """Writes one split's tokens and, once a token is not counted, its mask."""
+
+    def __init__(self, folder: Path, split: str, dtype: type):
+        self.path, self.mask_path, self.dtype = folder / f"{split}.bin", folder / f"{split}.mask", dtype
+        self.file: BinaryIO = open(self.path, "wb")
+        self.mask: BinaryIO | None = None
+        self.digest = hashlib.sha256()
+        self.tokens = self.documents = 0
+
+    def write(self, ids: np.ndarray, counted: np.ndarray) -> None:
+        data = ids.astype(self.dtype).tobytes()
+        self.file.write(data)
+        self.digest.update(data)
+        if self.mask is None and not counted.all():
+            self.mask = open(self.mask_path, "wb")
+            self.mask.write(b"\1" * self.tokens)
+        if self.mask is not None:
+            data = counted.astype(np.uint8).tobytes()
+            self.mask.write(data)
+            self.digest.update(data)
+        self.tokens += len(ids)
+        self.documents += 1
+
+    def close(self) -> dict[str, Any]:
+        for file in (self.file, self.mask):
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+        return {
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "sha256": self.digest.hexdigest(),
+            "mask": self.mask is not None,
+        }
+
+
+def _batches(documents: Iterable[Document], size: int = 1024) -> Iterator[list[Document]]:
+    iterator = iter(documents)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def tokenize(source: Source, tokenizer: Tokenizer, fraction: float, progress: Progress) -> Tokens:
+    """The source's tokens from the cache, prepared first where they are not there."""
+    key = json.dumps([source.fingerprint, tokenizer.fingerprint, fraction, VERSION])
+    folder = cache_folder() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    found = _open(source.name, folder)
+    if found is not None:
+        return found
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        writers = {split: _SplitWriter(temporary, split, dtype) for split in ("train", "val")}
+        done = 0
+        for documents in _batches(source.documents()):
+            encoded = iter(tokenizer.encode_batch([text for d in documents for text, _ in d]))
+            for document in documents:
+                ids = [next(encoded) for _ in document]
+                counted = [np.full(len(i), c) for i, (_, c) in zip(ids, document, strict=True)]
+                writer = writers["val" if in_validation(document, fraction) else "train"]
+                writer.write(
+                    np.append(np.concatenate(ids), tokenizer.eot), np.append(np.concatenate(counted), True)
+                )
+            done += len(documents)
+            progress(f"tokenizing {source.name}", done)
+        manifest = {
+            "version": VERSION, "source": source.fingerprint, "tokenizer": tokenizer.fingerprint,
+            "dtype": np.dtype(dtype).name, **{split: writer.close() for split, writer in writers.items()},
+        }  # fmt: skip
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        if folder.exists():  # one that does not fit its manifest, or another process was faster
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    made = _open(source.name, folder)
+    if made is None:
+        raise LmplayError(f"data set {source.name}: what was just written to {folder} cannot be read back")
+    return made
+
+
+def _open(name: str, folder: Path) -> Tokens | None:
+    """The prepared folder, or None where it is missing or its files do not have the sizes of its manifest."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return None
+    arrays: dict[str, np.ndarray | None] = {}
+    for split in ("train", "val"):
+        for suffix, dtype in (("bin", np.dtype(manifest["dtype"])), ("mask", np.dtype(np.uint8))):
+            path, count = folder / f"{split}.{suffix}", manifest[split]["tokens"]
+            if suffix == "mask" and not manifest[split]["mask"]:
+                arrays[f"{split}.mask"] = None
+            elif not path.is_file() or path.stat().st_size != count * dtype.itemsize:
+                return None
+            else:
+                empty = np.empty(0, dtype)
+                arrays[f"{split}.{suffix}"] = np.memmap(path, dtype, "r") if count else empty
+    fingerprint = hashlib.sha256(
+        (manifest["train"]["sha256"] + manifest["val"]["sha256"]).encode()
+    ).hexdigest()
+    train, val = arrays["train.bin"], arrays["val.bin"]
+    assert train is not None and val is not None
+    return Tokens(name, train, val, arrays["train.mask"], arrays["val.mask"], fingerprint[:16])
+
+
+def open_bins(name: str, spec: BinsSource, tokenizer: Tokenizer) -> Tokens:
+    """A user's own train.bin and val.bin, in place.
+
+    Raises:
+        LmplayError: a file is missing or odd in size, or holds ids that the plan's tokenizer does not have.
+    """
+    folder, dtype, arrays = Path(spec.path), np.dtype(spec.dtype), []
+    digest = hashlib.sha256()
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        if not path.is_file():
+            raise LmplayError(f"data set {name}: there is no {path}")
+        if path.stat().st_size == 0 or path.stat().st_size % dtype.itemsize:
+            raise LmplayError(f"data set {name}: {path} is empty or no whole number of {spec.dtype}")
+        array = np.memmap(path, dtype, "r")
+        for start in range(0, len(array), 2**24):
+            part = array[start : start + 2**24]
+            digest.update(part.tobytes())
+            if int(part.max()) >= tokenizer.vocab_size:
+                raise LmplayError(
+                    f"data set {name}: {path} holds the id {int(part.max())}, but the plan's {tokenizer.kind} "
+                    f"tokenizer has {tokenizer.vocab_size} ids: the vocabulary does not match"
+                )
+        arrays.append(array)
+    return Tokens(name, arrays[0], arrays[1], None, None, digest.hexdigest()[:16])

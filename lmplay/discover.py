@@ -1,0 +1,270 @@
+"""Finding experiments by name, path or entry point, without importing them to list them.
+
+A listing reads the source only: the docstring, VARIANTS and what is imported. So it stays fast (torch is
+not loaded) and one broken file is a line in the list, not a crash.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .errors import LmplayError, nearest
+from .shipped import shipped
+
+if TYPE_CHECKING:
+    from .api import ModelRunner
+
+ENTRY_POINTS = "lmplay.experiments"
+REQUIRED = ("Config", "Runner", "BASELINE", "VARIANTS")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One experiment file as its text says it is; `broken` holds the reason when it cannot be used."""
+
+    path: Path
+    origin: str  # "shipped", "./experiments", a folder or an entry point
+    doc: str = ""
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    baseline: str = ""
+    config_fields: tuple[str, ...] = ()
+    broken: str = ""
+
+    @property
+    def idea(self) -> str:
+        return self.path.stem
+
+    @property
+    def summary(self) -> str:
+        return self.doc.strip().split("\n", 1)[0]
+
+
+def _names(tree: ast.Module) -> dict[str, ast.AST]:
+    """What a module defines at its top level, by name."""
+    found: dict[str, ast.AST] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign):
+            found.update({t.id: node.value for t in node.targets if isinstance(t, ast.Name)})
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            found[node.target.id] = node.value
+    return found
+
+
+def _missing_import(tree: ast.Module, api_names: set[str]) -> str:
+    """The first top-level import that cannot work, as a reason; empty when all can."""
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            wanted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            wanted = [node.module]
+        else:
+            continue
+        for name in wanted:
+            top = name.split(".")[0]
+            if top not in sys.modules and importlib.util.find_spec(top) is None:
+                return f"line {node.lineno}: no module named {top} (pip install {top}?)"
+        if isinstance(node, ast.ImportFrom) and node.module == "lmplay.api":
+            for alias in node.names:
+                if alias.name not in api_names:
+                    return (
+                        f"line {node.lineno}: lmplay.api has no {alias.name}{nearest(alias.name, api_names)}"
+                    )
+    return ""
+
+
+def _api_names() -> set[str]:
+    tree = ast.parse((Path(__file__).parent / "api.py").read_text(encoding="utf-8"))
+    return {name for name in _names(tree) if not name.startswith("_")}
+
+
+def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> Source:
+    """What the file at `path` says about itself; never raises for what is wrong inside it."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    except SyntaxError as e:
+        return Source(path, origin, broken=f"line {e.lineno}: {e.msg}")
+    except (OSError, UnicodeDecodeError) as e:
+        return Source(path, origin, broken=str(e))
+    doc = ast.get_docstring(tree) or ""
+    names = _names(tree)
+    missing = [name for name in REQUIRED if name not in names]
+    if missing:
+        return Source(path, origin, doc, broken=f"defines no {' and no '.join(missing)}")
+    try:
+        variants = ast.literal_eval(names["VARIANTS"])
+        baseline = ast.literal_eval(names["BASELINE"])
+    except ValueError:
+        return Source(
+            path, origin, doc, broken="VARIANTS and BASELINE must be written out, without computing"
+        )
+    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
+        return Source(path, origin, doc, broken="VARIANTS must map names to dicts of Config fields")
+    config = names["Config"]
+    body = config.body if isinstance(config, ast.ClassDef) else []
+    fields = tuple(
+        n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+    )
+    broken = _missing_import(tree, _api_names() if api_names is None else api_names)
+    for variant, settings in variants.items():
+        for key in settings:
+            if isinstance(config, ast.ClassDef) and not config.bases and key not in fields:
+                broken = broken or f"variant {variant}: Config has no {key}{nearest(key, fields)}"
+    return Source(path, origin, doc, variants, str(baseline), fields, broken)
+
+
+def search_folders() -> list[tuple[Path, str]]:
+    """Where experiments are looked for, in order, each with the name a user knows it by."""
+    folders = [(Path("experiments"), "./experiments")]
+    folders += [
+        (Path(p).expanduser(), p) for p in os.environ.get("LMP_EXPERIMENTS", "").split(os.pathsep) if p
+    ]
+    folders.append((shipped("experiments"), "shipped"))
+    seen: set[Path] = set()
+    unique = []
+    for folder, origin in reversed(
+        folders
+    ):  # the shipped folder keeps its name also when it is ./experiments
+        if folder.is_dir() and folder.resolve() not in seen:
+            seen.add(folder.resolve())
+            unique.append((folder.resolve(), origin))
+    return unique[::-1]
+
+
+def list_sources() -> list[Source]:
+    """Every experiment file that can be found, the broken ones included."""
+    api_names = _api_names()
+    found = []
+    for folder, origin in search_folders():
+        files = [p for p in sorted(folder.glob("*.py")) if not p.name.startswith("_")]
+        files += [p for p in sorted(folder.glob("*/__init__.py"))]
+        found += [read_source(p, origin, api_names) for p in files]
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        spec = importlib.util.find_spec(entry.value)
+        path = Path(spec.origin) if spec and spec.origin else Path(entry.value)
+        found.append(read_source(path, f"entry point {entry.name}", api_names))
+    return found
+
+
+def find(name: str) -> tuple[Source, str]:
+    """The experiment and variant that `name` stands for: a variant's name, a path, or path.py:variant.
+
+    Raises:
+        LmplayError: nothing, or more than one thing, has that name; or what has it is broken.
+    """
+    file, _, variant = name.partition(":")
+    if file.endswith(".py") or os.sep in file:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise LmplayError(f"--exp {name}: there is no file {path}")
+        source = read_source(path.resolve(), str(path))
+        _refuse_broken(source)
+        variant = variant or next(iter(source.variants), source.idea)
+        if variant not in source.variants:
+            raise LmplayError(
+                f"--exp {name}: {path} has no variant {variant}{nearest(variant, source.variants)}"
+            )
+        return source, variant
+    sources = list_sources()
+    holders = [s for s in sources if name in s.variants]
+    if len(holders) > 1:
+        places = " and ".join(str(s.path) for s in holders)
+        raise LmplayError(f"--exp {name} is in two places: {places}; rename one, or give the path")
+    if not holders:
+        # A broken file's variants may be unknown: its own name is what a user would ask for.
+        for source in sources:
+            if source.broken and source.idea == name:
+                _refuse_broken(source)
+        known = [v for s in sources for v in s.variants]
+        raise LmplayError(
+            f"--exp {name}: there is no such experiment{nearest(name, known)}; --exp list shows all"
+        )
+    _refuse_broken(holders[0])
+    return holders[0], name
+
+
+def _refuse_broken(source: Source) -> None:
+    if source.broken:
+        raise LmplayError(f"{source.path}: this experiment cannot be used: {source.broken}")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment that was imported, and the variant of it that was asked for."""
+
+    source: Source
+    variant: str
+    module: ModuleType
+
+    @property
+    def config_type(self) -> type:
+        return self.module.Config
+
+    def config(self, plan_sizes: Mapping[str, Any], overrides: Mapping[str, str]) -> tuple[Any, list[str]]:
+        """The variant's Config: defaults, then the plan's sizes, then the variant, then the overrides.
+
+        Returns the config, and the plan's size fields that this experiment does not have.
+
+        Raises:
+            LmplayError: an override names no field, or its value does not fit.
+        """
+        fields = {f.name for f in dataclasses.fields(self.config_type)}
+        sizes = {k: v for k, v in plan_sizes.items() if k in fields}
+        without = [k for k in plan_sizes if k not in fields]
+        for key in overrides:
+            if key not in fields:
+                raise LmplayError(f"--set {key}: {self.variant} has no such field{nearest(key, fields)}")
+        parsed = {k: _parse(self.config_type, k, v) for k, v in overrides.items()}
+        try:
+            return self.config_type(**{**sizes, **self.source.variants[self.variant], **parsed}), without
+        except ValueError as e:
+            raise LmplayError(f"{self.variant}: these settings do not go together: {e}") from e
+
+    def runner(self, config: Any) -> ModelRunner:
+        return self.module.Runner(config)
+
+
+def _parse(config_type: type, key: str, text: str) -> Any:
+    """`text` as the type that the Config's field has."""
+    from typing import get_type_hints
+
+    from pydantic import TypeAdapter, ValidationError
+
+    hint = get_type_hints(config_type)[key]
+    try:
+        return TypeAdapter(hint).validate_strings(text)
+    except ValidationError as e:
+        raise LmplayError(f"--set {key}={text}: {e.errors()[0]['msg']}") from e
+
+
+def load(source: Source, variant: str) -> Experiment:
+    """Import the experiment's file under a name of its own.
+
+    Raises:
+        LmplayError: the import fails; the message names the file and line.
+    """
+    _refuse_broken(source)
+    name = f"lmplay_experiment_{source.idea}_{abs(hash(str(source.path))):x}"
+    spec = importlib.util.spec_from_file_location(
+        name, source.path, submodule_search_locations=[str(source.path.parent)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while the class is made
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        del sys.modules[name]
+        raise LmplayError(f"{source.path}: importing it failed: {type(e).__name__}: {e}") from e
+    return Experiment(source, variant, module)

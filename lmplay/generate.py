@@ -1,0 +1,126 @@
+"""Decoding with a cache, and sampling."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .api import ModelRunner
+from .errors import LmplayError
+from .tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; `do_sample` False takes the most likely one."""
+
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise LmplayError(
+                f"--temperature {self.temperature}: it must be above 0 (without --do-sample it is not used)"
+            )
+        if not 0 < self.top_p <= 1:
+            raise LmplayError(f"--top-p {self.top_p}: it must be in (0, 1]")
+        if self.top_k < 0:
+            raise LmplayError(f"--top-k {self.top_k}: it must be 0 (off) or more")
+        if self.repetition_penalty <= 0:
+            raise LmplayError(f"--repetition-penalty {self.repetition_penalty}: it must be above 0")
+
+
+def choose(logits: Tensor, seen: Tensor, how: Sampling, generator: torch.Generator | None) -> Tensor:
+    """The next token of each sequence.
+
+    Args:
+        logits: (B, V).
+        seen: (B, V) bool, the tokens that each sequence already holds.
+        how: temperature, then top-k, then top-p (Holtzman et al. 2020), after the repetition penalty
+            (Keskar et al. 2019, section 4.1).
+        generator: on the CPU, so that a seed means the same on every device.
+
+    Returns:
+        (B,) int64 on the logits' device.
+    """
+    logits = logits.float()
+    if how.repetition_penalty != 1.0:
+        penalised = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if not how.do_sample:
+        return logits.argmax(-1)
+    logits = logits / how.temperature
+    if how.top_k:
+        least = logits.topk(min(how.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if how.top_p < 1.0:
+        ordered, index = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        ordered = ordered.masked_fill(before >= how.top_p, float("-inf"))  # the first is always kept
+        logits = torch.full_like(logits, float("-inf")).scatter(1, index, ordered)
+    return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(logits.device)
+
+
+@torch.no_grad()
+def generate(
+    runner: ModelRunner, model: nn.Module, prompt: list[int], new_tokens: int, window: int,
+    vocab_size: int, how: Sampling, num_samples: int = 1, seed: int = 0, eot: int | None = None,
+) -> Iterator[list[int]]:  # fmt: skip
+    """Yield the next token of each of `num_samples` continuations of one prompt, `new_tokens` times at most.
+
+    The cache holds `window` positions, the longest the model can see. When it is full, the last half of the
+    window is read again into an empty cache and decoding goes on from there. A sequence that has reached
+    `eot` goes on yielding it; when all have, the generator ends.
+    """
+    if not prompt:
+        prompt = [eot or 0]
+    was_training = model.training
+    model.eval()
+    device = next(p for n, p in model.named_parameters() if n.startswith("head")).device
+    generator = torch.Generator().manual_seed(seed)
+    context = torch.tensor(prompt, device=device).repeat(num_samples, 1)
+    seen = torch.zeros(num_samples, vocab_size, dtype=torch.bool, device=device)
+    seen.scatter_(1, context, True)
+    ended = torch.zeros(num_samples, dtype=torch.bool, device=device)
+    unread = context[:, -window:]
+    cache, held = runner.new_cache(model, num_samples, window), 0
+    try:
+        for _ in range(new_tokens):
+            if held + unread.shape[1] > window:
+                unread = context[:, -max(1, window // 2) :]
+                cache, held = runner.new_cache(model, num_samples, window), 0
+            logits, cache = runner.logits(model, unread, cache)
+            held += unread.shape[1]
+            token = choose(logits, seen, how, generator)
+            if eot is not None:
+                token = torch.where(ended, eot, token)
+                ended |= token == eot
+            seen.scatter_(1, token.unsqueeze(1), True)
+            unread = token.unsqueeze(1)
+            context = torch.cat([context, unread], 1)[:, -window:]
+            yield token.tolist()
+            if bool(ended.all()):
+                return
+    finally:
+        model.train(was_training)
+
+
+class TextStream:
+    """Turns tokens into text as they come, holding back bytes of a character that is not whole yet."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        return self._decoder.decode(self.tokenizer.pieces[token])
+
+    def end(self) -> str:
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,184 @@
+"""Looking at a model before or beside training: initial numbers, FLOPs, gradients, the fastest mini-batch."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from .api import Batch, ModelRunner
+from .data.packing import Arrays
+from .devices import Precision
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A 63-bit seed for one purpose of a run."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def build_model(runner: ModelRunner, seed: int) -> nn.Module:
+    """The runner's model, each module initialised from a seed of its own that (seed, module path) give.
+
+    So two experiments that share a module start it from the same numbers, whatever else they hold: that
+    takes most of the noise out of their comparison. The global generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "build"))
+        model = runner.build()
+        for path, module in model.named_modules():
+            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+            if callable(reset):
+                torch.manual_seed(seed_of(seed, f"module {path}"))
+                reset()
+    return model
+
+
+def to_batch(arrays: Arrays, part: slice, device: torch.device) -> Batch:
+    """The sequences `part` of the arrays, on the device."""
+    ids, targets = (torch.from_numpy(a[part]) for a in (arrays.ids, arrays.targets))
+    if device.type == "cuda":
+        return Batch(
+            ids.pin_memory().to(device, non_blocking=True), targets.pin_memory().to(device, non_blocking=True)
+        )
+    return Batch(ids.to(device), targets.to(device))
+
+
+def autocast(device: torch.device, precision: Precision) -> Any:
+    """The context in which a forward pass runs."""
+    return torch.autocast(
+        device.type, dtype=precision.dtype or torch.bfloat16, enabled=precision.dtype is not None
+    )
+
+
+def parameter_counts(runner: ModelRunner, model: nn.Module) -> tuple[int, int]:
+    """All trained parameters, and those of them that serve training only."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    extra = [name for name in sizes if any(fnmatch(name, pattern) for pattern in runner.training_only)]
+    return sum(sizes.values()), sum(sizes[name] for name in extra)
+
+
+def count_flops(runner: ModelRunner, model: nn.Module, batch: Batch) -> float:
+    """Floating-point operations of matrix products and attention, forward and backward, per token of `batch`.
+
+    Counted by torch's FlopCounterMode on a real step. Attention counts as if it were not causal, as there.
+    Gradients and the global generator are left as they were.
+    """
+    aten = torch.ops.aten
+
+    def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def backward(g: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(g, q, k, v)
+
+    cpu_attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with (
+        _undisturbed(model, batch.ids.device),
+        FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter,
+    ):
+        runner.step(model, batch).loss_sum.backward()
+    return counter.get_total_flops() / batch.ids.numel()
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Runs steps whose gradients, buffers and random numbers leave no trace."""
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+
+
+def find_mini_batch(
+    trial: Callable[[int], None], model: nn.Module, device: torch.device, batch_size: int, length: int,
+    seconds: float = 20.0,
+) -> int:  # fmt: skip
+    """The number of sequences in a forward pass that trains fastest.
+
+    Divisors of the batch size are tried from 1 upwards until two in a row are slower than the best, memory
+    runs out, or the time is up. On a CPU a pass is kept to 16384 tokens: there, running out of memory
+    cannot be caught, and what leaves the cache is slower anyway.
+
+    Args:
+        trial: runs forward and backward on that many sequences.
+    """
+    sizes = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+    if device.type == "cpu":
+        sizes = [n for n in sizes if n == 1 or n * length <= 16384]
+    best, best_rate, slower, began = sizes[0], 0.0, 0, time.perf_counter()
+    with _undisturbed(model, device):
+        for size in sizes:
+            try:
+                trial(size)  # the first meets cold memory
+                rate = 0.0
+                for _ in range(2):
+                    start = time.perf_counter()
+                    trial(size)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    rate = max(rate, size / (time.perf_counter() - start))
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                break
+            # A larger one must be clearly faster: it costs memory.
+            slower = 0 if rate > best_rate else slower + 1
+            if rate > 1.02 * best_rate:
+                best, best_rate = size, rate
+            if slower == 2 or time.perf_counter() - began > seconds:
+                break
+    return best
+
+
+def without_gradient(runner: ModelRunner, model: nn.Module, batch: Batch) -> list[str]:
+    """Names of parameters that get no gradient, or nothing but zeros, from one batch."""
+    model.zero_grad(set_to_none=True)
+    runner.step(model, batch).loss_sum.backward()
+    idle = []
+    for name, p in model.named_parameters():
+        grad = p.grad
+        if grad is not None and grad.is_sparse:
+            grad = grad.coalesce().values()
+        if grad is None or not bool(grad.any()):
+            idle.append(name)
+    model.zero_grad(set_to_none=True)
+    return idle
+
+
+def profile(step: Callable[[], None], device: torch.device, trace: Path, steps: int = 3) -> Table:
+    """Profile a few steps: writes a Chrome trace, returns the top operators as a table."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    step()  # what happens once only is not the cost of a step
+    with torch_profile(activities=activities, record_shapes=False) as profiler:
+        for _ in range(steps):
+            step()
+    profiler.export_chrome_trace(str(trace))
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = sorted(profiler.key_averages(), key=lambda e: getattr(e, key), reverse=True)
+    total = sum(getattr(e, key) for e in rows) or 1
+    table = Table(
+        "operator", "share", "ms per step", "calls per step", title=f"where the time of {steps} steps went"
+    )
+    for e in rows[:12]:
+        own = getattr(e, key)
+        table.add_row(e.key[:60], f"{own / total:.1%}", f"{own / 1000 / steps:.2f}", f"{e.count / steps:g}")
+    return table

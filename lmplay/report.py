@@ -1,0 +1,93 @@
+"""What a person sees while a run trains: a live line on a terminal, plain lines elsewhere, a log always."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+PLAIN_SECONDS = 10.0  # between plain lines where the output is no terminal
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03, or 2:03 below an hour."""
+    whole = int(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def count(n: float) -> str:
+    """A large number, short: 1.23 M."""
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.3g}"
+
+
+class Report:
+    """Progress of one run. Use as a context; `note` may be used outside of it as well."""
+
+    def __init__(self, console: Console | None = None, log: Path | None = None):
+        self.console = console or Console()
+        self.log_path = log
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_plain = 0.0
+
+    def __enter__(self) -> Report:
+        if self.console.is_terminal:
+            text = TextColumn("{task.description}", markup=False)
+            self._progress = Progress(BarColumn(bar_width=16), text, console=self.console, transient=True)
+            self._progress.start()
+            self._task = self._progress.add_task("starting", total=1.0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = self._task = None
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.log(text)
+
+    def log(self, text: str) -> None:
+        if self.log_path is not None and self.log_path.parent.is_dir():
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def preparing(self, what: str, done: int) -> None:
+        """Data is being made ready; `done` documents so far."""
+        self._show(f"{what}: {done} documents" if done else f"{what} ...", 0.0)
+
+    def step(self, row: Mapping[str, float], progress: float, left: float, memory_mb: float) -> None:
+        """One optimizer step is done. `progress` in [0, 1]; `left` seconds of training remain."""
+        self._show(
+            f"step {row['step']} · {count(row['tokens'])} tokens · loss {row['loss']:.3f} · bpb {row['bpb']:.3f}"
+            f" · lr {row['lr']:.2e} · {row['tokens_per_second']:,.0f} tokens/s · {duration(left)} left"
+            f" · {memory_mb:,.0f} MB",
+            progress,
+        )
+
+    def _show(self, text: str, progress: float) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=text, completed=progress)
+        elif time.monotonic() - self._last_plain >= PLAIN_SECONDS:
+            self._last_plain = time.monotonic()
+            share = f"{progress:4.0%} " if progress else ""
+            self.console.print(share + text, markup=False, highlight=False, soft_wrap=True)
+
+    def validated(self, row: Mapping[str, float], sample: str) -> None:
+        self.note(
+            f"validation at {count(row['tokens'])} tokens: loss {row['loss']:.4f}, bpb {row['bpb']:.4f}, "
+            f"accuracy {row['accuracy']:.2%}"
+        )
+        if sample:
+            self.note(f"  sample: {sample!r}")

@@ -1,0 +1,198 @@
+"""A run's identity and its folder under gpt_out/.
+
+The identity is everything that decides the numbers. A folder belongs to one identity: starting the same
+command again resumes it, a different run that would land in the same folder is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from . import tokenizers
+from .checkpoint import Checkpoint, newest, write_json
+from .discover import Experiment, find, load
+from .errors import LmplayError
+from .plan import Plan, parse_plan
+
+RUN_FILE = "run.json"
+MOVED = "~"  # marks a run that --fresh moved aside
+
+
+def source_digest(path: Path) -> str:
+    """16 hex digits of the experiment's code: the file, or all of its folder."""
+    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def folder_name(variant: str, overrides: Mapping[str, str], extras: list[str], seed: int) -> str:
+    """<variant>[-<override>…]-s<seed>, with nothing in it that a file system minds."""
+    parts = [variant, *(f"{k}={v}" for k, v in sorted(overrides.items())), *extras, f"s{seed}"]
+    return "-".join(re.sub(r"[^\w.=+]", "_", part) for part in parts)
+
+
+def identity(
+    plan: Plan, experiment: Experiment, config: Any, seed: int, precision: str, tokenizer: str, data: str
+) -> dict[str, Any]:
+    """What decides a run's numbers, as JSON."""
+    return {
+        "plan": plan.fingerprint,
+        "variant": experiment.variant,
+        "experiment": source_digest(experiment.source.path),
+        "config": dataclasses.asdict(config),
+        "seed": seed,
+        "precision": precision,
+        "tokenizer": tokenizer,
+        "data": data,
+    }
+
+
+class RunFolder:
+    """One run's folder; while `locked`, no other process trains in it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def read(self) -> dict[str, Any]:
+        """run.json.
+
+        Raises:
+            LmplayError: there is none, or it cannot be read.
+        """
+        try:
+            return json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError as e:
+            raise LmplayError(f"{self.path}: this is not a run: it has no {RUN_FILE}") from e
+        except (OSError, ValueError) as e:
+            raise LmplayError(f"{self.path / RUN_FILE}: it cannot be read: {e}") from e
+
+    def update(self, **fields: Any) -> None:
+        write_json(self.path / RUN_FILE, {**self.read(), **fields})
+
+    def open(self, wanted: dict[str, Any], fresh: bool) -> bool:
+        """Claim the folder for the run with identity `wanted`; True when it already holds that run.
+
+        Raises:
+            LmplayError: another process trains here; the folder holds another run; it cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if fresh and self.path.exists():
+                n = 1
+                while (aside := self.path.with_name(f"{self.path.name}{MOVED}{n}")).exists():
+                    n += 1
+                self.path.rename(aside)
+            self.path.mkdir(exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")
+        except OSError as e:
+            raise LmplayError(f"{self.path}: this folder cannot be written: {e.strerror}") from e
+        _lock_or_refuse(self._lock, self.path)
+        if not (self.path / RUN_FILE).exists():
+            return False
+        held = self.read().get("identity", {})
+        differs = [k for k in wanted if held.get(k) != json.loads(json.dumps(wanted[k]))]
+        if differs:
+            raise LmplayError(
+                f"{self.path} holds another run: its {' and '.join(differs)} differ{'s' * (len(differs) == 1)}; "
+                "--fresh moves it aside and starts anew"
+            )
+        return True
+
+    def create(
+        self, content: dict[str, Any], experiment: Experiment, tokenizer: tokenizers.Tokenizer
+    ) -> None:
+        """Write what makes the run repeatable: run.json last, after the source and the tokenizer."""
+        source = experiment.source.path
+        copy = self.path / "experiment"
+        shutil.rmtree(copy, ignore_errors=True)
+        if source.name == "__init__.py":
+            shutil.copytree(
+                source.parent, copy / source.parent.name, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        else:
+            copy.mkdir()
+            shutil.copy2(source, copy / source.name)
+        (self.path / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(self.path / "tokenizer")
+        write_json(self.path / RUN_FILE, content)
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer that the run was trained with.
+
+        Raises:
+            LmplayError: it is not the one that run.json names.
+        """
+        found = tokenizers.load(self.path / "tokenizer")
+        if found.fingerprint != self.read()["identity"]["tokenizer"]:
+            raise LmplayError(f"{self.path}: the tokenizer in this run is not the one it was trained with")
+        return found
+
+    def experiment(self) -> Experiment:
+        """The experiment from the run's own copy of its source."""
+        content = self.read()
+        copies = sorted((self.path / "experiment").glob("*.py")) + sorted(
+            (self.path / "experiment").glob("*/__init__.py")
+        )
+        if not copies:
+            raise LmplayError(f"{self.path}: the copy of the experiment's source is missing")
+        return load(*find(f"{copies[0]}:{content['identity']['variant']}"))
+
+    def plan(self) -> Plan:
+        return parse_plan(self.read()["plan"], str(self.path / RUN_FILE))
+
+    def newest(self, say: Any) -> Checkpoint | None:
+        return newest(self.checkpoints, say)
+
+
+def _lock_or_refuse(file: IO[str], path: Path) -> None:
+    if sys.platform == "win32":  # no flock; two processes in one folder are not noticed there
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise LmplayError(f"{path}: another process is training this run") from e
+
+
+def find_runs(root: Path) -> list[RunFolder]:
+    """Every run below `root` that was not moved aside, oldest first."""
+    found = [p.parent for p in root.glob(f"**/{RUN_FILE}") if MOVED not in p.parent.name]
+    return [RunFolder(p) for p in sorted(found, key=lambda p: ((p / RUN_FILE).stat().st_mtime, p.name))]
+
+
+def git_state(folder: Path) -> tuple[str | None, str | None]:
+    """The commit that `folder` is at, and its uncommitted changes as a diff; None where there is no git.
+
+    Untracked files appear in the diff as a list of their names.
+    """
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None, None
+    diff = git("diff", "HEAD") or ""
+    untracked = (git("ls-files", "--others", "--exclude-standard") or "").split("\n")
+    return commit.strip(), diff + "".join(f"untracked: {name}\n" for name in untracked if name)

