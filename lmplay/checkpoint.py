@@ -85,9 +85,7 @@ def save(
         temporary.mkdir()
         for name, content in tensors.items():
             # One tensor at two names would be stored twice; the names were made unique by the caller.
-            save_file(
-                {k: v.contiguous().cpu() for k, v in content.items()}, temporary / f"{name}.safetensors"
-            )
+            save_file({k: v.contiguous().cpu() for k, v in content.items()}, temporary / f"{name}.safetensors")
         write_json(temporary / STATE, state)
         manifest = {}
         for file in sorted(temporary.iterdir()):
@@ -105,9 +103,7 @@ def save(
     except (OSError, safetensors.SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(e, "strerror", None) or str(e)
-        raise LmplayError(
-            f"{final}: the checkpoint could not be written: {reason}; older ones are kept"
-        ) from e
+        raise LmplayError(f"{final}: the checkpoint could not be written: {reason}; older ones are kept") from e
     return final
 
 
@@ -172,9 +168,7 @@ def load_model_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor],
     """
     own = model_tensors(model)
     for name in sorted(set(own) ^ set(tensors)):
-        raise LmplayError(
-            f"{where}: the tensor {name} is {'missing' if name in own else 'not in this model'}"
-        )
+        raise LmplayError(f"{where}: the tensor {name} is {'missing' if name in own else 'not in this model'}")
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
             shapes = f"{list(tensor.shape)}, the model's is {list(own[name].shape)}"

@@ -1,14 +1,211 @@
-"""Aligning and differencing runs: numbers, no drawing, and no torch.
+"""Reading, aligning and differencing runs: numbers only. It neither draws nor imports torch.
 
-Stub of this module's docstring is completed below.
+Differences are taken on a common grid, by interpolation, inside the range that both curves cover; smoothing
+is causal and the same for every curve of a figure.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+
+from .errors import LmplayError, nearest
+
+AXES = {"tokens": "tokens", "steps": "step", "flops": "flops", "seconds": "seconds"}  # --x to column
+METRICS = ("loss", "bpb", "accuracy")
+ANCESTOR_SUFFIXES = {"train": "_train_stats.csv", "validate": "_validate_stats.csv"}
+GRID = 400  # points of a common grid
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's curve of one kind. `plan` groups what may be compared."""
+
+    name: str
+    plan: str
+    fingerprint: str  # of the plan: the same name may stand for two contents
+    variant: str
+    path: Path
+    frame: pd.DataFrame
+    run: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arena(self) -> tuple[str, str]:
+        return self.plan, self.fingerprint
 
 
 def read_curve(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, float_precision="round_trip")
+    """A curve file as it was written; a last line that a kill cut short is left out.
+
+    Raises:
+        LmplayError: it is empty or no CSV.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        frame = pd.read_csv(_buffer(whole))
+    except (OSError, ValueError, pd.errors.ParserError) as e:
+        raise LmplayError(f"{path}: this curve cannot be read: {e}") from e
+    if frame.empty:
+        raise LmplayError(f"{path}: this curve has no rows yet")
+    return frame
+
+
+def _buffer(text: str) -> Any:
+    import io
+
+    return io.StringIO(text)
+
+
+def collect(folders: Sequence[Path], kind: str, max_files: int) -> tuple[list[Curve], list[str]]:
+    """The curves of every run below the folders, ours and the ancestor's `*_stats.csv`.
+
+    Args:
+        kind: "train" or "validate".
+        max_files: the newest so many are kept.
+
+    Returns:
+        The curves, oldest first, and a line for each that was left out with the reason.
+    """
+    paths: list[Path] = []
+    for folder in folders:
+        if not folder.exists():
+            raise LmplayError(f"{folder}: there is no such folder")
+        if folder.is_file():
+            paths.append(folder)
+            continue
+        paths += [
+            p for p in folder.rglob(f"{kind}.csv") if (p.parent / "run.json").exists() and "~" not in p.parent.name
+        ]
+        paths += list(folder.rglob(f"*{ANCESTOR_SUFFIXES[kind]}"))
+    paths = sorted(set(paths), key=lambda p: (p.stat().st_mtime, str(p)))
+    left_out = [f"{p}: left out (--max-files {max_files})" for p in paths[:-max_files]]
+    curves = []
+    for path in paths[-max_files:]:
+        try:
+            curves.append(_ancestor_curve(path) if path.name.endswith("_stats.csv") else _own_curve(path))
+        except LmplayError as e:
+            left_out.append(str(e))
+    return curves, left_out
+
+
+def _own_curve(path: Path) -> Curve:
+    try:
+        run = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
+        identity = run["identity"]
+        return Curve(
+            path.parent.name,
+            run["plan_name"],
+            identity["plan"],
+            identity["variant"],
+            path,
+            read_curve(path),
+            run,
+        )
+    except (OSError, ValueError, KeyError) as e:
+        raise LmplayError(f"{path.parent}: its run.json cannot be read: {e}") from e
+
+
+def _ancestor_curve(path: Path) -> Curve:
+    frame = read_curve(path)
+    if "tokens" not in frame or "loss" not in frame:
+        raise LmplayError(f"{path}: it has no columns tokens and loss")
+    name = path.name
+    for suffix in ANCESTOR_SUFFIXES.values():
+        name = name.removesuffix(suffix)
+    return Curve(name, path.parent.name, "", name, path, frame)
+
+
+def by_arena(curves: Iterable[Curve]) -> dict[tuple[str, str], list[Curve]]:
+    """Curves grouped by plan: only within a group are they comparable."""
+    groups: dict[tuple[str, str], list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault(curve.arena, []).append(curve)
+    return groups
+
+
+def baseline_of(curves: Sequence[Curve], target: str | None) -> Curve | None:
+    """The curve that differences are taken to: the one named, or the newest run of gpt2ish itself.
+
+    Without a name, a run of gpt2ish without overrides comes first. Never silently another.
+
+    Raises:
+        LmplayError: `target` names none of them.
+    """
+    if target is not None:
+        named = [c for c in curves if target in (c.name, c.variant)]
+        if not named:
+            raise LmplayError(f"--target {target}: no such run{nearest(target, [c.name for c in curves])}")
+        return min(named, key=lambda c: (bool(c.run.get("overrides")), c.name))
+    plain = [c for c in curves if c.variant == "gpt2ish"]
+    return min(plain, key=lambda c: (bool(c.run.get("overrides")), c.name), default=None)
+
+
+def series(curve: Curve, x: str, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """x and y (n,) of a curve, by growing x, or None where it has no such columns."""
+    column = AXES[x]
+    if column not in curve.frame or metric not in curve.frame:
+        return None
+    frame = curve.frame[[column, metric]].dropna().groupby(column, as_index=False).last()
+    return frame[column].to_numpy(float), frame[metric].to_numpy(float)
+
+
+def smooth(y: np.ndarray, count: int) -> np.ndarray:
+    """The mean of each value and up to count - 1 before it: causal, no value sees the future."""
+    return pd.Series(y).rolling(max(1, count), min_periods=1).mean().to_numpy()
+
+
+def difference(
+    run: tuple[np.ndarray, np.ndarray], base: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """run - base on a common grid inside the overlap; empty arrays where there is none.
+
+    The grid is geometric, as the figures' axis is logarithmic, and is made of the curves' own points where
+    they have the same ones, so that nothing is interpolated there.
+    """
+    (x, y), (bx, by) = run, base
+    low, high = max(x[0], bx[0]), min(x[-1], bx[-1])
+    if low > high:
+        return np.empty(0), np.empty(0)
+    inside = x[(x >= low) & (x <= high)]
+    if np.isin(inside, bx).all():
+        grid = inside
+    elif low == high:
+        grid = np.array([low])
+    else:
+        grid = np.geomspace(low, high, GRID) if low > 0 else np.linspace(low, high, GRID)
+    return grid, np.interp(grid, x, y) - np.interp(grid, bx, by)
+
+
+def final_table(curves: Sequence[Curve], baseline: Curve | None) -> pd.DataFrame:
+    """One row a run: final figures, and the difference to the baseline at the last common token count."""
+    rows = []
+    for curve in curves:
+        last = curve.frame.iloc[-1]
+        row: dict[str, Any] = {"plan": curve.plan, "run": curve.name}
+        row |= {key: last.get(key) for key in ("tokens", *METRICS)}
+        own = series(curve, "tokens", "loss")
+        base = series(baseline, "tokens", "loss") if baseline else None
+        if own and base and baseline is not None:
+            _, delta = difference(own, base)
+            row["loss_difference"] = delta[-1] if len(delta) else None
+            row["to"] = baseline.name
+        summary = curve.run.get("summary") or {}
+        row |= {k: summary.get(k) for k in ("parameters", "tokens_per_second", "peak_memory_mb")}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def seeds_note(curves: Sequence[Curve]) -> str:
+    """What the number of seeds allows to say."""
+    seeds: dict[str, int] = {}
+    for curve in curves:
+        seeds[curve.variant] = seeds.get(curve.variant, 0) + 1
+    alone = [v for v, n in seeds.items() if n == 1]
+    return f"single seed, no claim: {', '.join(alone)}" if alone else ""

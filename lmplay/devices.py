@@ -80,13 +80,9 @@ def pick_precision(device: torch.device, amp: bool) -> Precision:
     if device.type == "mps":
         return Precision("bf16")
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    if native or (
-        platform.machine() in ("arm64", "aarch64") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
+    if native or (platform.machine() in ("arm64", "aarch64") and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return Precision("bf16")
-    return Precision(
-        "fp32", "--amp: this CPU has no bf16 arithmetic (emulated it is far slower): float32 is used"
-    )
+    return Precision("fp32", "--amp: this CPU has no bf16 arithmetic (emulated it is far slower): float32 is used")
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -78,9 +78,7 @@ def _missing_import(tree: ast.Module, api_names: set[str]) -> str:
         if isinstance(node, ast.ImportFrom) and node.module == "lmplay.api":
             for alias in node.names:
                 if alias.name not in api_names:
-                    return (
-                        f"line {node.lineno}: lmplay.api has no {alias.name}{nearest(alias.name, api_names)}"
-                    )
+                    return f"line {node.lineno}: lmplay.api has no {alias.name}{nearest(alias.name, api_names)}"
     return ""
 
 
@@ -106,16 +104,12 @@ def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> S
         variants = ast.literal_eval(names["VARIANTS"])
         baseline = ast.literal_eval(names["BASELINE"])
     except ValueError:
-        return Source(
-            path, origin, doc, broken="VARIANTS and BASELINE must be written out, without computing"
-        )
+        return Source(path, origin, doc, broken="VARIANTS and BASELINE must be written out, without computing")
     if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
         return Source(path, origin, doc, broken="VARIANTS must map names to dicts of Config fields")
     config = names["Config"]
     body = config.body if isinstance(config, ast.ClassDef) else []
-    fields = tuple(
-        n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-    )
+    fields = tuple(n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
     broken = _missing_import(tree, _api_names() if api_names is None else api_names)
     for variant, settings in variants.items():
         for key in settings:
@@ -127,15 +121,11 @@ def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> S
 def search_folders() -> list[tuple[Path, str]]:
     """Where experiments are looked for, in order, each with the name a user knows it by."""
     folders = [(Path("experiments"), "./experiments")]
-    folders += [
-        (Path(p).expanduser(), p) for p in os.environ.get("LMP_EXPERIMENTS", "").split(os.pathsep) if p
-    ]
+    folders += [(Path(p).expanduser(), p) for p in os.environ.get("LMP_EXPERIMENTS", "").split(os.pathsep) if p]
     folders.append((shipped("experiments"), "shipped"))
     seen: set[Path] = set()
     unique = []
-    for folder, origin in reversed(
-        folders
-    ):  # the shipped folder keeps its name also when it is ./experiments
+    for folder, origin in reversed(folders):  # the shipped folder keeps its name also when it is ./experiments
         if folder.is_dir() and folder.resolve() not in seen:
             seen.add(folder.resolve())
             unique.append((folder.resolve(), origin))
@@ -148,7 +138,7 @@ def list_sources() -> list[Source]:
     found = []
     for folder, origin in search_folders():
         files = [p for p in sorted(folder.glob("*.py")) if not p.name.startswith("_")]
-        files += [p for p in sorted(folder.glob("*/__init__.py"))]
+        files += sorted(folder.glob("*/__init__.py"))
         found += [read_source(p, origin, api_names) for p in files]
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         spec = importlib.util.find_spec(entry.value)
@@ -172,9 +162,7 @@ def find(name: str) -> tuple[Source, str]:
         _refuse_broken(source)
         variant = variant or next(iter(source.variants), source.idea)
         if variant not in source.variants:
-            raise LmplayError(
-                f"--exp {name}: {path} has no variant {variant}{nearest(variant, source.variants)}"
-            )
+            raise LmplayError(f"--exp {name}: {path} has no variant {variant}{nearest(variant, source.variants)}")
         return source, variant
     sources = list_sources()
     holders = [s for s in sources if name in s.variants]
@@ -187,9 +175,7 @@ def find(name: str) -> tuple[Source, str]:
             if source.broken and source.idea == name:
                 _refuse_broken(source)
         known = [v for s in sources for v in s.variants]
-        raise LmplayError(
-            f"--exp {name}: there is no such experiment{nearest(name, known)}; --exp list shows all"
-        )
+        raise LmplayError(f"--exp {name}: there is no such experiment{nearest(name, known)}; --exp list shows all")
     _refuse_broken(holders[0])
     return holders[0], name
 
@@ -259,7 +245,8 @@ def load(source: Source, variant: str) -> Experiment:
     spec = importlib.util.spec_from_file_location(
         name, source.path, submodule_search_locations=[str(source.path.parent)]
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up while the class is made
     try:

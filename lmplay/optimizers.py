@@ -26,7 +26,7 @@ def factor(schedule: Schedule, progress: float) -> float:
     constant, linear_warmup: 1.
     cosine: down to `floor` along half a cosine (Loshchilov & Hutter 2017, eq. 5, one cycle).
     wsd: 1, then linearly to `floor` over the last `decay` (Hu et al. 2024, section 4.2).
-    one_cycle: up along half a cosine over `warmup` (.3 when not given) and down to `floor` (Smith & Topin 2018).
+    one_cycle: up along half a cosine over `warmup` (.3 if 0), down to `floor` (Smith & Topin 2018).
     """
     progress = min(1.0, max(0.0, progress))
     warmup = schedule.warmup
@@ -83,14 +83,10 @@ def check_groups(groups: list[dict[str, Any]], model: nn.Module) -> None:
     for group in groups:
         unknown = set(group) - GROUP_KEYS
         if unknown or group.get("role", "matrix") not in ROLES:
-            raise LmplayError(
-                f"param_groups: {sorted(unknown) or group['role']} is unknown; roles: {', '.join(ROLES)}"
-            )
+            raise LmplayError(f"param_groups: {sorted(unknown) or group['role']} is unknown; roles: {', '.join(ROLES)}")
         for p in group["params"]:
             if id(p) in seen or id(p) not in names:
-                raise LmplayError(
-                    f"param_groups: {names.get(id(p), 'a tensor')} is in two groups or not the model's"
-                )
+                raise LmplayError(f"param_groups: {names.get(id(p), 'a tensor')} is in two groups or not the model's")
             seen.add(id(p))
     missing = [names[i] for i in names if i not in seen]
     if missing:
@@ -106,7 +102,8 @@ class Optimizers:
 
     def __init__(self, spec: OptimizerSpec, groups: list[dict[str, Any]], model: nn.Module):
         check_groups(groups, model)
-        self.spec, self.model, self.notes = spec, model, []
+        self.spec, self.model = spec, model
+        self.notes: list[str] = []
         self.parts: list[torch.optim.Optimizer] = []
         dense: list[dict[str, Any]] = []
         sparse: list[dict[str, Any]] = []
@@ -141,16 +138,12 @@ class Optimizers:
         if exact:
             self.notes.append("sparse update of looked-up rows: exact for this optimizer")
         elif spec.lazy and spec.name in ("adagrad", "adam", "adamw"):
-            self.notes.append(
-                f"lazy: {spec.name} updates looked-up rows only, which differs from the dense update"
-            )
+            self.notes.append(f"lazy: {spec.name} updates looked-up rows only, which differs from the dense update")
             return True
         elif spec.lazy:
             raise LmplayError(f"optimizer: lazy goes with adagrad, adam and adamw, not with {spec.name}")
         else:
-            self.notes.append(
-                f"dense update of sparse gradients: under {spec.name} the sparse one would differ"
-            )
+            self.notes.append(f"dense update of sparse gradients: under {spec.name} the sparse one would differ")
         return exact
 
     def _sparse(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -177,7 +170,7 @@ class Optimizers:
                 self._compacted[id(p)] = p.grad._nnz()
 
     def prepare(self, clip: float | None, unscale: float = 1.0) -> Tensor:
-        """Make the gradients what the optimizers take, clip them by norm, and return the norm () before it."""
+        """Make the gradients what the optimizers take and clip them; returns the norm () before that."""
         kept = {id(p) for p in self._sparse_params}
         values: list[Tensor] = []
         for p in self.model.parameters():
@@ -212,9 +205,7 @@ class Optimizers:
         """The whole state as tensors named "<parameter>|<entry>"."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         return {
-            f"{names[id(p)]}|{key}": value.detach()
-            if isinstance(value, Tensor)
-            else torch.tensor(float(value))
+            f"{names[id(p)]}|{key}": value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
             for part in self.parts
             for p, state in part.state.items()
             for key, value in state.items()
@@ -234,15 +225,11 @@ class Optimizers:
             states.setdefault(name, {})[entry] = value
         unknown = set(states) - set(names.values())
         if unknown:
-            raise LmplayError(
-                f"the optimizer's state is of a parameter that is not there: {sorted(unknown)[0]}"
-            )
+            raise LmplayError(f"the optimizer's state is of a parameter that is not there: {sorted(unknown)[0]}")
         for part in self.parts:
             params = [p for g in part.param_groups for p in g["params"]]
             content = part.state_dict()
-            content["state"] = {
-                i: states[names[id(p)]] for i, p in enumerate(params) if names[id(p)] in states
-            }
+            content["state"] = {i: states[names[id(p)]] for i, p in enumerate(params) if names[id(p)] in states}
             part.load_state_dict(content)
 
 
@@ -250,9 +237,7 @@ def _without(group: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k not in keys}
 
 
-def _make(
-    spec: OptimizerSpec, groups: Iterable[dict[str, Any]], muon: bool, device: str
-) -> torch.optim.Optimizer:
+def _make(spec: OptimizerSpec, groups: Iterable[dict[str, Any]], muon: bool, device: str) -> torch.optim.Optimizer:
     """The torch optimizer for dense gradients, fused where torch has it for the device."""
     groups = list(groups)
     fused = device in ("cpu", "cuda")

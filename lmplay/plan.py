@@ -201,9 +201,7 @@ class Plan(Strict):
                 for name, spec in data["datasets"].items()
             }
         if isinstance(data.get("steps"), list):
-            data["steps"] = [
-                _ancestor_step(i, s) if isinstance(s, dict) else s for i, s in enumerate(data["steps"])
-            ]
+            data["steps"] = [_ancestor_step(i, s) if isinstance(s, dict) else s for i, s in enumerate(data["steps"])]
         return data
 
     @model_validator(mode="after")
@@ -265,9 +263,7 @@ class Plan(Strict):
 def _ancestor_dataset(spec: dict[str, Any]) -> dict[str, Any]:
     unknown = set(spec) - {"ds_loader", "args", "kwargs"}
     if unknown:
-        raise ValueError(
-            f"data set with ds_loader: unknown key {sorted(unknown)[0]} (there is: args, kwargs)"
-        )
+        raise ValueError(f"data set with ds_loader: unknown key {sorted(unknown)[0]} (there is: args, kwargs)")
     loader, args, kwargs = spec["ds_loader"], list(spec.get("args", [])), dict(spec.get("kwargs", {}))
     kwargs.pop("save_local", None)
     if loader == "wiki":
@@ -338,7 +334,7 @@ def find_plan(name: str) -> Path:
     known = plan_files()
     if name not in known:
         raise LmplayError(
-            f"--training-plan {name}: there is no such plan{nearest(name, known)}; --training-plan list shows all"
+            f"--training-plan {name}: there is none{nearest(name, known)}; --training-plan list shows all"
         )
     return known[name]
 

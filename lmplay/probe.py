@@ -46,17 +46,13 @@ def to_batch(arrays: Arrays, part: slice, device: torch.device) -> Batch:
     """The sequences `part` of the arrays, on the device."""
     ids, targets = (torch.from_numpy(a[part]) for a in (arrays.ids, arrays.targets))
     if device.type == "cuda":
-        return Batch(
-            ids.pin_memory().to(device, non_blocking=True), targets.pin_memory().to(device, non_blocking=True)
-        )
+        return Batch(ids.pin_memory().to(device, non_blocking=True), targets.pin_memory().to(device, non_blocking=True))
     return Batch(ids.to(device), targets.to(device))
 
 
 def autocast(device: torch.device, precision: Precision) -> Any:
     """The context in which a forward pass runs."""
-    return torch.autocast(
-        device.type, dtype=precision.dtype or torch.bfloat16, enabled=precision.dtype is not None
-    )
+    return torch.autocast(device.type, dtype=precision.dtype or torch.bfloat16, enabled=precision.dtype is not None)
 
 
 def parameter_counts(runner: ModelRunner, model: nn.Module) -> tuple[int, int]:
@@ -175,9 +171,7 @@ def profile(step: Callable[[], None], device: torch.device, trace: Path, steps: 
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     rows = sorted(profiler.key_averages(), key=lambda e: getattr(e, key), reverse=True)
     total = sum(getattr(e, key) for e in rows) or 1
-    table = Table(
-        "operator", "share", "ms per step", "calls per step", title=f"where the time of {steps} steps went"
-    )
+    table = Table("operator", "share", "ms per step", "calls per step", title=f"where the time of {steps} steps went")
     for e in rows[:12]:
         own = getattr(e, key)
         table.add_row(e.key[:60], f"{own / total:.1%}", f"{own / 1000 / steps:.2f}", f"{e.count / steps:g}")

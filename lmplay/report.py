@@ -70,9 +70,9 @@ class Report:
     def step(self, row: Mapping[str, float], progress: float, left: float, memory_mb: float) -> None:
         """One optimizer step is done. `progress` in [0, 1]; `left` seconds of training remain."""
         self._show(
-            f"step {row['step']} · {count(row['tokens'])} tokens · loss {row['loss']:.3f} · bpb {row['bpb']:.3f}"
-            f" · lr {row['lr']:.2e} · {row['tokens_per_second']:,.0f} tokens/s · {duration(left)} left"
-            f" · {memory_mb:,.0f} MB",
+            f"step {row['step']} · {count(row['tokens'])} tokens · loss {row['loss']:.3f}"
+            f" · bpb {row['bpb']:.3f} · lr {row['lr']:.2e} · {row['tokens_per_second']:,.0f} tokens/s"
+            f" · {duration(left)} left · {memory_mb:,.0f} MB",
             progress,
         )
 

@@ -99,7 +99,7 @@ class RunFolder:
                     n += 1
                 self.path.rename(aside)
             self.path.mkdir(exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
         except OSError as e:
             raise LmplayError(f"{self.path}: this folder cannot be written: {e.strerror}") from e
         _lock_or_refuse(self._lock, self.path)
@@ -109,22 +109,18 @@ class RunFolder:
         differs = [k for k in wanted if held.get(k) != json.loads(json.dumps(wanted[k]))]
         if differs:
             raise LmplayError(
-                f"{self.path} holds another run: its {' and '.join(differs)} differ{'s' * (len(differs) == 1)}; "
+                f"{self.path} holds another run: not the same {' and '.join(differs)}; "
                 "--fresh moves it aside and starts anew"
             )
         return True
 
-    def create(
-        self, content: dict[str, Any], experiment: Experiment, tokenizer: tokenizers.Tokenizer
-    ) -> None:
+    def create(self, content: dict[str, Any], experiment: Experiment, tokenizer: tokenizers.Tokenizer) -> None:
         """Write what makes the run repeatable: run.json last, after the source and the tokenizer."""
         source = experiment.source.path
         copy = self.path / "experiment"
         shutil.rmtree(copy, ignore_errors=True)
         if source.name == "__init__.py":
-            shutil.copytree(
-                source.parent, copy / source.parent.name, ignore=shutil.ignore_patterns("__pycache__")
-            )
+            shutil.copytree(source.parent, copy / source.parent.name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             copy.mkdir()
             shutil.copy2(source, copy / source.name)

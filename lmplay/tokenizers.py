@@ -109,9 +109,7 @@ class Chars(Tokenizer):
             known[known] = self._codes[ids[known]] == codes[known]
             if not known.all():
                 character = chr(int(codes[~known][0]))
-                raise LmplayError(
-                    f"the character {character!r} is not in this character tokenizer's vocabulary"
-                )
+                raise LmplayError(f"the character {character!r} is not in this character tokenizer's vocabulary")
             out.append(ids.astype(np.int64))
         return out
 
@@ -165,7 +163,7 @@ class Bpe(Tokenizer):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Bpe:
-    """A byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) with `vocab_size` ids, end-of-text included."""
+    """A byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) with `vocab_size` ids."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

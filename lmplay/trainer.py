@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from . import checkpoint, generate, probe
 from .api import ModelRunner
@@ -63,7 +64,7 @@ class Stopped(Exception):
 
 
 class Trainer:
-    """One run of one experiment on one plan. Rank and world say which share of each batch is this process's."""
+    """One run of one experiment on one plan; of each batch this process takes the share of (rank, world)."""
 
     def __init__(
         self, plan: Plan, prepared: Prepared, runner: ModelRunner, seed: int, device: torch.device,
@@ -84,7 +85,9 @@ class Trainer:
         self.validation = ValidationSet(plan, prepared, self.length)
         self.token_bytes = prepared.tokenizer.token_bytes
         self.model = probe.build_model(runner, seed).to(device)
-        self.trained = torch.compile(self.model) if options.compile_model else self.model
+        self.trained: nn.Module = self.model
+        if options.compile_model:
+            self.trained = torch.compile(self.model)  # type: ignore[assignment]
         self.optimizers = self._make_optimizers()
         self.loss_scale = FP16_SCALE if precision.scale else 1.0
         self.flops_per_token = 0.0
@@ -115,9 +118,7 @@ class Trainer:
                 arrays = self.streams[self.place.plan_step].batch(
                     self.place.index, self.batch_size, self.rank, self.world
                 )
-                lr = self.optimizers.set_factor(
-                    factor(self.plan.schedule_of(self.current), self.progress(ahead=True))
-                )
+                lr = self.optimizers.set_factor(factor(self.plan.schedule_of(self.current), self.progress(ahead=True)))
                 sums = self.accumulate(arrays)
                 norm = float(self.optimizers.prepare(self.plan.batch.grad_clip, self.loss_scale))
                 if self.may_update(sums["loss"], norm):
@@ -354,12 +355,8 @@ class Trainer:
                     out = self.runner.step(self.trained, probe.to_batch(arrays, slice(0, size), self.device))
                 out.loss_sum.backward()
 
-            self.mini_batch_size = probe.find_mini_batch(
-                trial, self.model, self.device, len(arrays.ids), self.length
-            )
-            self.report.note(
-                f"mini-batch size {self.mini_batch_size} of {self.batch_size} is the fastest here"
-            )
+            self.mini_batch_size = probe.find_mini_batch(trial, self.model, self.device, len(arrays.ids), self.length)
+            self.report.note(f"mini-batch size {self.mini_batch_size} of {self.batch_size} is the fastest here")
         return {"flops_per_token": self.flops_per_token, "mini_batch_size": self.mini_batch_size}
 
     def _make_optimizers(self) -> Optimizers:

@@ -38,9 +38,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument(
-        "--exp", default="gpt2ish", metavar="NAME|FILE.py[:VARIANT]|list", help="the experiment (gpt2ish)"
-    )
+    p.add_argument("--exp", default="gpt2ish", metavar="NAME|FILE.py[:VARIANT]|list", help="the experiment (gpt2ish)")
     p.add_argument("--describe", action="store_true", help="say what the experiment is, and do not train")
     p.add_argument(
         "--training-plan",
@@ -48,32 +46,20 @@ def parser() -> argparse.ArgumentParser:
         help="the arena (laptop without a GPU, else default)",
     )
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    p.add_argument(
-        "--amp", action="store_true", help="bf16 where the hardware has it, fp16 on older CUDA cards"
-    )
+    p.add_argument("--amp", action="store_true", help="bf16 where the hardware has it, fp16 on older CUDA cards")
     p.add_argument("--compile-model", action="store_true", help="torch.compile the model")
-    p.add_argument(
-        "--mini-batch-size", type=positive_int, metavar="N", help="sequences in a pass (found by trying)"
-    )
+    p.add_argument("--mini-batch-size", type=positive_int, metavar="N", help="sequences in a pass (found by trying)")
     p.add_argument("--seed", type=int, help="of weights and dropout, never of the data's order (the plan's)")
-    p.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a Config field"
-    )
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a Config field")
     p.add_argument("--minutes", type=positive_float, help="budget of training time, instead of the plan's")
     p.add_argument("--tokens", type=positive_int, help="budget of tokens, instead of the plan's")
     p.add_argument("--steps", type=positive_int, help="budget of optimizer steps, instead of the plan's")
     p.add_argument("--fresh", action="store_true", help="start anew; a run that is there is moved aside")
     p.add_argument("--no-dirty", action="store_true", help="refuse to run with uncommitted changes")
-    p.add_argument(
-        "--check-grads", action="store_true", help="list parameters that get no gradient, and do not train"
-    )
+    p.add_argument("--check-grads", action="store_true", help="list parameters that get no gradient, and do not train")
     p.add_argument("--profile", action="store_true", help="profile a few steps, and do not train")
-    p.add_argument(
-        "--save-minutes", type=float, default=5.0, metavar="M", help="between checkpoints (5); 0: each step"
-    )
-    p.add_argument(
-        "--out", type=Path, default=Path("gpt_out"), metavar="FOLDER", help="where runs are kept (gpt_out)"
-    )
+    p.add_argument("--save-minutes", type=float, default=5.0, metavar="M", help="between checkpoints (5); 0: each step")
+    p.add_argument("--out", type=Path, default=Path("gpt_out"), metavar="FOLDER", help="where runs are kept (gpt_out)")
     return p
 
 
@@ -197,9 +183,7 @@ def train(
     plan = plan.with_budget(args.tokens, args.steps, args.minutes)
     commit, diff = git_state(Path.cwd())
     if args.no_dirty and diff:
-        raise LmplayError(
-            "--no-dirty: the tree has uncommitted changes (git status shows them); commit or stash them"
-        )
+        raise LmplayError("--no-dirty: the tree has uncommitted changes (git status shows them); commit or stash them")
 
     with report:
         prepared = prepare(plan, report.preparing)
@@ -234,28 +218,36 @@ def train(
         report.note(f"{run.path} is finished; --fresh trains it again")
         print_summary(run.read()["summary"])
         return 0
-    report.note(
-        f"{experiment.variant} on {plan_name}, seed {seed}, {describe_device(device)}, {precision.name}"
-    )
+    report.note(f"{experiment.variant} on {plan_name}, seed {seed}, {describe_device(device)}, {precision.name}")
     trainer = Trainer(plan, prepared, runner, seed, device, precision, run, report, options)
     known = run.read() if exists else {}
     if not exists:
         run.create(
             {
-                "identity": wanted, "plan_name": plan_name, "plan": plan.model_dump(mode="json", by_alias=True),
-                "baseline": experiment.source.baseline, "idea": experiment.source.idea, "overrides": overrides,
-                "command": ["lmp_trainer", *sys.argv[1:]], "device": describe_device(device), "memory": memory,
-                "versions": {"lmplay": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
-                "threads": torch.get_num_threads(), "git": {"commit": commit, "dirty": bool(diff)},
+                "identity": wanted,
+                "plan_name": plan_name,
+                "plan": plan.model_dump(mode="json", by_alias=True),
+                "baseline": experiment.source.baseline,
+                "idea": experiment.source.idea,
+                "overrides": overrides,
+                "command": ["lmp_trainer", *sys.argv[1:]],
+                "device": describe_device(device),
+                "memory": memory,
+                "versions": {
+                    "lmplay": __version__,
+                    "torch": torch.__version__,
+                    "python": sys.version.split()[0],
+                },
+                "threads": torch.get_num_threads(),
+                "git": {"commit": commit, "dirty": bool(diff)},
             },
-            experiment, prepared.tokenizer,
-        )  # fmt: skip
+            experiment,
+            prepared.tokenizer,
+        )
         if diff:
             (run.path / "uncommitted.diff").write_text(diff, encoding="utf-8")
     elif known.get("threads") != torch.get_num_threads():
-        report.note(
-            f"this run began with {known.get('threads')} threads: equal from here on but for rounding"
-        )
+        report.note(f"this run began with {known.get('threads')} threads: equal from here on but for rounding")
     if trainer.resume():
         report.note(f"resuming {run.path} at step {trainer.place.step}, {trainer.place.tokens} tokens")
     with report:
@@ -274,11 +266,7 @@ def train(
 def print_summary(summary: dict[str, object]) -> None:
     """`key: value` lines that a grep finds."""
     for key, value in summary.items():
-        print(
-            f"{key}: {value:.6f}"
-            if isinstance(value, float) and key.startswith("val_")
-            else f"{key}: {value}"
-        )
+        print(f"{key}: {value:.6f}" if isinstance(value, float) and key.startswith("val_") else f"{key}: {value}")
 
 
 def describe(experiment: Experiment, runner: object, config: object, console: Console) -> None:
@@ -321,9 +309,7 @@ def check_grads(trainer: Trainer, console: Console) -> int:
 
     arrays = trainer.streams[0].batch(0, trainer.batch_size)
     size = min(4, trainer.batch_size)
-    idle = probe.without_gradient(
-        trainer.runner, trainer.model, probe.to_batch(arrays, slice(0, size), trainer.device)
-    )
+    idle = probe.without_gradient(trainer.runner, trainer.model, probe.to_batch(arrays, slice(0, size), trainer.device))
     for name in idle:
         print(f"no gradient: {name}")
     total = sum(1 for _ in trainer.model.parameters())

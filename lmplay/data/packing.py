@@ -86,7 +86,7 @@ class Mixture:
         for tokens, size in zip(sets, self.sizes, strict=True):
             if size == 0:
                 raise LmplayError(
-                    f"data set {tokens.name}: {len(tokens.train)} training tokens do not make one sequence of {length}"
+                    f"data set {tokens.name}: {len(tokens.train)} training tokens are no sequence of {length}"
                 )
         counts = self._turns()
         # Turns of a data set with c of them stand at (i + 1/2) / c; sorting merges the data sets evenly.
@@ -149,9 +149,7 @@ class Mixture:
         return Arrays(np.stack([i for i, _ in pairs]), np.stack([t for _, t in pairs]))
 
 
-def cut(
-    tokens: np.ndarray, mask: np.ndarray | None, sequence: int, length: int
-) -> tuple[np.ndarray, np.ndarray]:
+def cut(tokens: np.ndarray, mask: np.ndarray | None, sequence: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """ids and targets (T,) of one sequence; what is missing at the end of the tokens is IGNORE."""
     start = sequence * length
     window = np.asarray(tokens[start : start + length + 1]).astype(np.int64)
@@ -183,9 +181,7 @@ class ValidationSet:
             tokens = prepared.tokens[name]
             n = min(len(tokens.val), budget + 1)
             if n < 2:
-                raise LmplayError(
-                    f"data set {name}: no document fell into validation; raise validation.fraction in the plan"
-                )
+                raise LmplayError(f"data set {name}: no document fell into validation; raise validation.fraction")
             mask = None if tokens.val_mask is None else tokens.val_mask[:n]
             self.parts.append((tokens.val[:n], mask))
 

@@ -61,7 +61,7 @@ class Prepared:
 
 
 def in_validation(document: Document, fraction: float) -> bool:
-    """Whether a document belongs to validation: by its content alone, so a copy is never on the other side."""
+    """Whether a document belongs to validation: by its content alone, so copies stay together."""
     digest = hashlib.blake2b("".join(text for text, _ in document).encode("utf-8", "replace"), digest_size=8)
     return int.from_bytes(digest.digest(), "big") < fraction * 2**64
 
@@ -84,9 +84,7 @@ def prepare(plan: Plan, progress: Progress) -> Prepared:
             else:
                 tokens[name] = tokenize(sources[name], tokenizer, fraction, progress)
     except OSError as e:
-        raise LmplayError(
-            f"preparing the data failed: {e.strerror or e} ({e.filename or cache_folder()})"
-        ) from e
+        raise LmplayError(f"preparing the data failed: {e.strerror or e} ({e.filename or cache_folder()})") from e
     return Prepared(tokenizer, tokens)
 
 
@@ -101,9 +99,7 @@ def _tokenizer(
     if isinstance(spec, TiktokenTokenizer):
         return Tiktoken(spec.name)
     if not sources:
-        raise LmplayError(
-            f"tokenizer {spec.kind} is made from documents, and this plan has none but token files"
-        )
+        raise LmplayError(f"tokenizer {spec.kind} is made from documents, and this plan has none but token files")
     key = json.dumps([spec.model_dump(), fraction, [s.fingerprint for s in sources], VERSION])
     path = cache_folder() / "tokenizers" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if path.exists():
@@ -140,7 +136,7 @@ class _SplitWriter:
 
     def __init__(self, folder: Path, split: str, dtype: type):
         self.path, self.mask_path, self.dtype = folder / f"{split}.bin", folder / f"{split}.mask", dtype
-        self.file: BinaryIO = open(self.path, "wb")
+        self.file: BinaryIO = open(self.path, "wb")  # noqa: SIM115 (open as long as the writer)
         self.mask: BinaryIO | None = None
         self.digest = hashlib.sha256()
         self.tokens = self.documents = 0
@@ -150,7 +146,7 @@ class _SplitWriter:
         self.file.write(data)
         self.digest.update(data)
         if self.mask is None and not counted.all():
-            self.mask = open(self.mask_path, "wb")
+            self.mask = open(self.mask_path, "wb")  # noqa: SIM115
             self.mask.write(b"\1" * self.tokens)
         if self.mask is not None:
             data = counted.astype(np.uint8).tobytes()
@@ -199,9 +195,7 @@ def tokenize(source: Source, tokenizer: Tokenizer, fraction: float, progress: Pr
                 ids = [next(encoded) for _ in document]
                 counted = [np.full(len(i), c) for i, (_, c) in zip(ids, document, strict=True)]
                 writer = writers["val" if in_validation(document, fraction) else "train"]
-                writer.write(
-                    np.append(np.concatenate(ids), tokenizer.eot), np.append(np.concatenate(counted), True)
-                )
+                writer.write(np.append(np.concatenate(ids), tokenizer.eot), np.append(np.concatenate(counted), True))
             done += len(documents)
             progress(f"tokenizing {source.name}", done)
         manifest = {
@@ -237,11 +231,10 @@ def _open(name: str, folder: Path) -> Tokens | None:
             else:
                 empty = np.empty(0, dtype)
                 arrays[f"{split}.{suffix}"] = np.memmap(path, dtype, "r") if count else empty
-    fingerprint = hashlib.sha256(
-        (manifest["train"]["sha256"] + manifest["val"]["sha256"]).encode()
-    ).hexdigest()
+    fingerprint = hashlib.sha256((manifest["train"]["sha256"] + manifest["val"]["sha256"]).encode()).hexdigest()
     train, val = arrays["train.bin"], arrays["val.bin"]
-    assert train is not None and val is not None
+    assert train is not None
+    assert val is not None
     return Tokens(name, train, val, arrays["train.mask"], arrays["val.mask"], fingerprint[:16])
 
 
@@ -265,8 +258,8 @@ def open_bins(name: str, spec: BinsSource, tokenizer: Tokenizer) -> Tokens:
             digest.update(part.tobytes())
             if int(part.max()) >= tokenizer.vocab_size:
                 raise LmplayError(
-                    f"data set {name}: {path} holds the id {int(part.max())}, but the plan's {tokenizer.kind} "
-                    f"tokenizer has {tokenizer.vocab_size} ids: the vocabulary does not match"
+                    f"data set {name}: {path} holds the id {int(part.max())}, but the plan's "
+                    f"{tokenizer.kind} tokenizer has {tokenizer.vocab_size}: the vocabulary does not match"
                 )
         arrays.append(array)
     return Tokens(name, arrays[0], arrays[1], None, None, digest.hexdigest()[:16])

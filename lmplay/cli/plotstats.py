@@ -1,0 +1,136 @@
+"""lmp_plotstats: draw the curves of runs, their differences to a baseline, and a table of final figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..errors import LmplayError
+from . import ending
+
+EPILOG = """Figures go to --out: log_loss, log_accuracy, log_bpb, and log_diff_* against the baseline,
+which is the run of gpt2ish in the same plan, or the run that --target names. Runs of different plans
+cannot be compared; they are drawn in folders of their own, named after the plan."""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="lmp_plotstats", description=__doc__.split(": ", 1)[1], epilog=EPILOG)
+    p.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="where runs are looked for (gpt_out)")
+    p.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER", help="where the figures go (here)")
+    p.add_argument("--out-type", choices=("png", "jpg", "svg", "pdf"), default="png")
+    p.add_argument("--x", choices=("tokens", "steps", "flops", "seconds"), default="tokens", help="the x axis (tokens)")
+    p.add_argument("--target", metavar="RUN", help="the baseline of the difference (the run of gpt2ish)")
+    p.add_argument("--plot-train", action="store_true", help="the training curves instead of the validation's")
+    p.add_argument(
+        "--average-count",
+        type=int,
+        metavar="N",
+        help="causal smoothing window (200 for --plot-train, else 1)",
+    )
+    p.add_argument(
+        "--min-show",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="begin x at this share of the shortest run",
+    )
+    p.add_argument("--max-files", type=int, default=20, metavar="N", help="the newest N runs (20)")
+    p.add_argument("--plot-raw", action="store_true", help="unsmoothed curves, faint, behind the smoothed ones")
+    p.add_argument("--theme", choices=("light", "dark"), default="light")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return ending("lmp_plotstats", lambda: command(args))
+
+
+def command(args: argparse.Namespace) -> int:
+    import pandas as pd
+    from rich.console import Console
+
+    from ..compare import METRICS, baseline_of, by_arena, collect, final_table, seeds_note
+    from ..plots import Style, draw
+
+    if args.max_files < 1 or not 0 <= args.min_show < 1:
+        raise LmplayError("--max-files must be 1 or more, --min-show in [0, 1)")
+    console = Console()
+    kind = "train" if args.plot_train else "validate"
+    curves, left_out = collect(args.folders or [Path("gpt_out")], kind, args.max_files)
+    for line in left_out:
+        print(line)
+    if not curves:
+        raise LmplayError("no runs with curves were found; lmp_trainer makes them")
+    groups = by_arena(curves)
+    if len(groups) > 1:
+        names = ", ".join(plan for plan, _ in groups)
+        print(f"runs of different plans cannot be compared: separate figures for {names}")
+    named = [g for g in groups.values() if args.target in {n for c in g for n in (c.name, c.variant)}]
+    if args.target is not None and not named:
+        baseline_of(curves, args.target)  # raises, naming the nearest run
+    tables = []
+    for (plan, fingerprint), group in groups.items():
+        target = args.target if group in named else None
+        baseline = baseline_of(group, target)
+        folder = args.out
+        if len(groups) > 1:
+            twice = sum(p == plan for p, _ in groups) > 1
+            folder = args.out / (f"{plan}-{fingerprint}" if twice else plan)
+        window = args.average_count or (200 if args.plot_train else 1)
+        title = "training" if args.plot_train else "validation"
+        style = Style(args.x, window, args.min_show, args.plot_raw, args.theme, title)
+        written = []
+        for metric in METRICS:
+            for diff in (False, True):
+                path = folder / f"log_{'diff_' if diff else ''}{metric}.{args.out_type}"
+                if draw(path, group, metric, style, baseline, diff):
+                    written.append(path)
+        table = final_table(group, baseline)
+        tables.append(table)
+        show(table, plan, console)
+        if note := seeds_note(group):
+            print(note)
+        if baseline is None:
+            print(f"{plan}: no run of gpt2ish and no --target: no difference is drawn")
+        if not written:
+            print(f"{plan}: no run has the columns for --x {args.x}: nothing is drawn")
+        for path in written:
+            print(path)
+    args.out.mkdir(parents=True, exist_ok=True)
+    table_path = args.out / "final.csv"
+    pd.concat(tables).to_csv(table_path, index=False)
+    print(table_path)
+    return 0
+
+
+def show(table: object, plan: str, console: object) -> None:
+    """The final figures as a table on the terminal, in whole lines where there is none."""
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+
+    assert isinstance(table, pd.DataFrame)
+    assert isinstance(console, Console)
+    drawn = Table(title=plan, title_justify="left", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        drawn.add_column(column.replace("_", " "), justify="left" if column in ("run", "to") else "right")
+    for row in table.itertuples(index=False):
+        drawn.add_row(*(cell(c, v) for c, v in zip(table.columns[1:], row[1:], strict=True)))
+    console.print(drawn, width=None if console.is_terminal else 10_000, highlight=False, markup=False)
+
+
+def cell(column: str, value: object) -> str:
+    import pandas as pd
+
+    if not isinstance(value, str) and pd.isna(value):  # type: ignore[call-overload]
+        return "-"
+    if column == "loss_difference":
+        return f"{value:+.4f}"
+    if column in ("loss", "bpb", "accuracy"):
+        return f"{value:.4f}"
+    return value if isinstance(value, str) else f"{value:,.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

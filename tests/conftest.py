@@ -1,0 +1,80 @@
+"""What the tests share: a cache of prepared data of their own, and the commands as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prepared tokens go to a folder of this session, not to the user's; and no test uses a network."""
+    os.environ["LMP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.pop("LMP_EXPERIMENTS", None)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def run_command(name: str, *args: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """One of our commands in a process of its own, its output captured."""
+    command = [sys.executable, "-m", f"lmplay.cli.{name.removeprefix('lmp_')}", *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """Runs a command in an empty folder."""
+
+    def run(name: str, *args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        return run_command(name, *args, cwd=kwargs.pop("cwd", tmp_path), **kwargs)
+
+    return run
+
+
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "seven", "wizards", "box")
+
+
+def write_text(folder: Path, documents: int = 120) -> Path:
+    """A small jsonl data set: sentences that differ from each other."""
+    lines = []
+    for i in range(documents):
+        words = [WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(30)]
+        lines.append(json.dumps({"text": f"{i} " + " ".join(words), "title": f"number {i}"}))
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_plan(folder: Path, **changes: Any) -> Path:
+    """A plan that trains in a second on :func:`write_text`'s file."""
+    write_text(folder)
+    plan: dict[str, Any] = {
+        "tokenizer": {"kind": "bytes"},
+        "model": {"num_blocks": 2, "embed_dim": 16, "num_heads": 2, "max_len": 32, "dropout": 0.1},
+        "datasets": {"words": {"source": "files", "path": "data.jsonl"}},
+        "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1},
+        "schedule": {"name": "cosine", "warmup": 0.1},
+        "batch": {"batch_size": 8, "grad_clip": 1.0},
+        "validation": {"fraction": 0.1, "tokens": 512, "every_tokens": 1024, "sample_prompt": "the "},
+        "steps": [{"step_name": "words", "datasets": ["words"], "steps": 12}],
+    }
+    plan.update(changes)
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(plan))
+    return path

@@ -1,0 +1,96 @@
+"""The chunked head and loss, attention with a cache, and dropout, each against a naive reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmplay.api import IGNORE, KVCache, causal_attention, dropout, linear_cross_entropy
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 7, 64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_cross_entropy_matches_the_naive_form(chunk: int, bias: bool) -> None:
+    head = nn.Linear(6, 11, bias=bias).double()
+    hidden = torch.randn(3, 7, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (3, 7))
+    targets[0, :4] = IGNORE
+    out = linear_cross_entropy(hidden, head, targets, chunk=chunk)
+    (3.5 * out.loss_sum).backward()
+    got = [hidden.grad, *(p.grad for p in head.parameters())]
+    hidden.grad = None
+    head.zero_grad()
+    logits = head(hidden)
+    naive = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    (3.5 * naive).backward()
+    torch.testing.assert_close(out.loss_sum, naive)
+    for a, b in zip(got, [hidden.grad, *(p.grad for p in head.parameters())], strict=True):
+        torch.testing.assert_close(a, b)
+    assert int(out.n_tokens) == 17
+    assert int(out.n_correct) == int(((logits.argmax(-1) == targets) & (targets != IGNORE)).sum())
+
+
+def test_linear_cross_entropy_keeps_extreme_logits_finite() -> None:
+    head = nn.Linear(2, 4, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[900.0, 0], [-900.0, 0], [0, 0], [0, 1]]))
+    out = linear_cross_entropy(torch.tensor([[[1.0, 0.0]]], requires_grad=True), head, torch.tensor([[1]]))
+    assert out.loss_sum.item() == pytest.approx(1800)
+    out.loss_sum.backward()
+    assert bool(head.weight.grad.isfinite().all())
+
+
+def test_linear_cross_entropy_without_gradients_and_twice_backward() -> None:
+    head, hidden, targets = nn.Linear(4, 9), torch.randn(1, 3, 4), torch.randint(9, (1, 3))
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, head, targets).loss_sum.requires_grad
+    out = linear_cross_entropy(hidden, head, targets)
+    out.loss_sum.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        out.loss_sum.backward()
+
+
+def test_linear_cross_entropy_bf16_is_near_float32() -> None:
+    head, hidden, targets = nn.Linear(16, 50), torch.randn(2, 9, 16), torch.randint(50, (2, 9))
+    exact = linear_cross_entropy(hidden, head, targets).loss_sum
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = linear_cross_entropy(hidden, head, targets).loss_sum
+    assert half.dtype == torch.float32
+    assert abs((half - exact).item()) < 0.02 * exact.item()
+
+
+def test_causal_attention_of_the_last_positions() -> None:
+    q, k, v = (torch.randn(2, 3, 8, 4, dtype=torch.float64) for _ in range(3))
+    scores = q @ k.transpose(-1, -2) / 2
+    hidden = torch.ones(8, 8, dtype=torch.bool).triu(1)
+    naive = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+    for t in (1, 3, 8):
+        torch.testing.assert_close(causal_attention(q[:, :, -t:], k, v), naive[:, :, -t:])
+
+
+def test_cache_refuses_what_does_not_fit() -> None:
+    cache = KVCache(1, 1, 1, 4, 2, torch.zeros(1))
+    k = torch.ones(1, 1, 3, 2)
+    keys, _ = cache.append(0, k, k)
+    assert keys.shape == (1, 1, 3, 2)
+    cache.advance(3)
+    with pytest.raises(ValueError, match="holds 4"):
+        cache.append(0, k, k)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_the_share_it_says(p: float) -> None:
+    x = torch.ones(100_003, requires_grad=True)
+    y = dropout(x, p, training=True)
+    rounded = round(p * 256) / 256
+    kept = (y != 0).float()
+    assert float(1 - kept.mean()) == pytest.approx(rounded, abs=0.01)
+    assert float(y.mean()) == pytest.approx(1.0, abs=0.02)
+    # each of the eight bytes of a random word drops as often
+    shares = 1 - kept[: len(kept) // 8 * 8].view(-1, 8).mean(0)
+    assert bool(((shares - rounded).abs() < 0.02).all())
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # the same mask and scale on the way back
+    assert dropout(x, p, training=False) is x

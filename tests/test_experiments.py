@@ -1,0 +1,75 @@
+"""Every experiment and variant passes the conformance suite, and every baseline lies where it can be copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_plan
+
+from lmplay import discover, testing
+
+SOURCES = discover.list_sources()
+VARIANTS = [v for s in SOURCES for v in s.variants]
+IDEAS = [next(iter(s.variants)) for s in SOURCES]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_conformance(variant: str) -> None:
+    testing.check_experiment(variant)
+
+
+@pytest.mark.parametrize("variant", IDEAS)
+def test_compiles(variant: str) -> None:
+    testing.check_compiles(testing.tiny(variant))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trains_resumes_and_generates(variant, command, tmp_path: Path) -> None:
+    if variant not in IDEAS:
+        pytest.skip("one variant of each idea goes through the commands; all go through the conformance suite")
+    plan = write_plan(tmp_path)
+    train = ("lmp_trainer", "--exp", variant, "--training-plan", str(plan), "--mini-batch-size", "4")
+    first = command(*train)
+    assert first.returncode == 0, first.stderr
+    assert "val_bpb:" in first.stdout
+    again = command(*train)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    text = command("lmp_generator", "the quick", "--max-len", "5")
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.startswith("the quick")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.idea)
+def test_file_stands_alone(source: discover.Source) -> None:
+    """Each says what it is, names a baseline that exists, and imports nothing but torch and lmplay.api."""
+    assert not source.broken
+    assert 10 < len(source.summary) <= 110
+    assert source.baseline in VARIANTS
+    names = [line.split()[1] for line in source.path.read_text().splitlines() if line.startswith(("import ", "from "))]
+    standard = {"__future__", "math", "copy", "dataclasses", "typing", "collections.abc"}
+    outside = {n for n in names if n not in standard and not n.startswith("torch")}
+    assert outside == {"lmplay.api"}
+    if source.idea != "gpt2ish":
+        assert "# CHANGED" in source.path.read_text()
+
+
+def test_suite_finds_faults(tmp_path: Path) -> None:
+    """The checks can fail: each fault planted in a copy of the baseline is found by the check that is for it."""
+    text = Path(discover.find("gpt2ish")[0].path).read_text()
+    faults = {
+        "check_causal": ("is_causal", "causal_attention(q, k, v)", "F.scaled_dot_product_attention(q, k, v)"),
+        "check_cached_decoding": ("past", "past = 0 if cache is None else cache.length", "past = 0"),
+        "check_initialised_by_name": ("scale", "self.ln = nn.LayerNorm(c.embed_dim)",
+            "self.ln = nn.LayerNorm(c.embed_dim)\n        self.scale = nn.Parameter(torch.ones(1))"),
+        "check_config_fields": ("head_bias", "bias=c.head_bias", "bias=True"),
+    }  # fmt: skip
+    for check, (name, before, after) in faults.items():
+        assert text.count(before) == 1
+        path = tmp_path / f"{name}.py"
+        path.write_text(text.replace(before, after))
+        with pytest.raises(AssertionError):
+            getattr(testing, check)(testing.tiny(str(path)))

@@ -1,0 +1,192 @@
+"""Schedules, groups, and the sparse update against the dense one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lmplay import testing
+from lmplay.errors import LmplayError
+from lmplay.optimizers import Optimizers, RowAdagrad, check_groups, factor
+from lmplay.plan import Optimizer, Schedule
+
+NAMES = ["adagrad", "adamw", "adam", "sgd", "rmsprop", "muon"]
+
+
+def test_schedules() -> None:
+    assert factor(Schedule(name="constant"), 0.7) == 1
+    warm = Schedule(name="linear_warmup", warmup=0.1)
+    assert [factor(warm, p) for p in (0.05, 0.1, 1.0)] == [0.5, 1, 1]
+    cosine = Schedule(name="cosine", warmup=0.2, floor=0.1)
+    assert factor(cosine, 0.1) == 0.5
+    assert factor(cosine, 0.6) == pytest.approx(0.55)
+    assert factor(cosine, 1.0) == pytest.approx(0.1)
+    wsd = Schedule(name="wsd", decay=0.25, floor=0.0)
+    assert [factor(wsd, p) for p in (0.5, 0.75, 0.875, 1.0)] == [1, 1, 0.5, 0]
+    cycle = Schedule(name="one_cycle", floor=0.0)
+    assert factor(cycle, 0.3) == pytest.approx(1)
+    assert factor(cycle, 1.0) == pytest.approx(0)
+
+
+def test_one_cycle_equals_torchs() -> None:
+    p = [nn.Parameter(torch.zeros(1))]
+    steps = 40
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        torch.optim.SGD(p, lr=1.0), max_lr=1.0, total_steps=steps + 1, pct_start=0.3, final_div_factor=1e12
+    )
+    # torch ends the rise one step before pct_start of all steps
+    ours = Schedule(name="one_cycle", floor=0.0, warmup=(0.3 * (steps + 1) - 1) / steps)
+    for step in range(steps):
+        theirs.optimizer.step()
+        theirs.step()
+        assert factor(ours, (step + 1) / steps) == pytest.approx(theirs.get_last_lr()[0], abs=1e-6)
+
+
+class Table(nn.Module):
+    def __init__(self, sparse: bool):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(40, 6, sparse=sparse)
+        self.out = nn.Linear(6, 3)
+
+    def loss(self, seed: int) -> torch.Tensor:
+        ids = torch.randint(10, (25,), generator=torch.Generator().manual_seed(seed))
+        return self.out(self.table(ids)).square().sum()
+
+
+def groups(model: Table) -> list[dict]:
+    return [
+        {"params": [model.table.weight], "role": "embedding", "rows": model.table.sparse},
+        {"params": [model.out.weight], "role": "matrix"},
+        {"params": [model.out.bias], "role": "vector"},
+    ]
+
+
+def trained(sparse: bool, spec: Optimizer, clip: float | None = None, passes: int = 3) -> Table:
+    model = Table(sparse)
+    optimizers = Optimizers(spec, groups(model), model)
+    for step in range(8):
+        optimizers.set_factor(1 - step / 10)
+        for part in range(passes):
+            (model.loss(step * 10 + part) / passes).backward()
+            optimizers.compact()
+        optimizers.prepare(clip)
+        optimizers.step()
+        optimizers.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("spec", [Optimizer(name="adagrad", lr=0.1), Optimizer(name="sgd", lr=0.01, momentum=0)])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_sparse_update_equals_the_dense_one(spec: Optimizer, clip: float | None) -> None:
+    sparse, dense = (trained(kind, spec, clip) for kind in (True, False))
+    start = Table(False)
+    torch.testing.assert_close(sparse.table.weight, dense.table.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sparse.out.weight, dense.out.weight, rtol=1e-5, atol=1e-6)
+    assert torch.equal(sparse.table.weight[10:], start.table.weight[10:]), "rows never looked up stay"
+    assert not torch.equal(sparse.table.weight[:10], start.table.weight[:10])
+
+
+def test_row_adagrad_equals_torchs_adagrad() -> None:
+    a, b = (nn.Parameter(torch.arange(12.0).view(6, 2).clone()) for _ in range(2))
+    ours, theirs = RowAdagrad([a], lr=0.3, eps=1e-10), torch.optim.Adagrad([b], lr=0.3)
+    for step in range(5):
+        rows = torch.tensor([[step % 6, 2, 2]])
+        values = torch.full((3, 2), 1.5 + step)
+        a.grad = torch.sparse_coo_tensor(rows, values, (6, 2))
+        b.grad = a.grad.to_dense()
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "spec", [Optimizer(name="adamw", weight_decay=0.1), Optimizer(name="adagrad", weight_decay=0.1)]
+)
+def test_where_sparse_would_differ_the_dense_update_is_used_and_said(spec: Optimizer) -> None:
+    sparse, dense = (trained(kind, spec) for kind in (True, False))
+    torch.testing.assert_close(sparse.table.weight, dense.table.weight, rtol=1e-5, atol=1e-6)
+    model = Table(True)
+    assert any("dense update" in note for note in Optimizers(spec, groups(model), model).notes)
+
+
+def test_lazy_is_a_choice_that_is_said() -> None:
+    spec = Optimizer(name="adamw", weight_decay=0.1, lazy=True)
+    model = Table(True)
+    assert any("lazy" in note for note in Optimizers(spec, groups(model), model).notes)
+    assert torch.equal(trained(True, spec).table.weight[10:], Table(True).table.weight[10:])
+    with pytest.raises(LmplayError, match="lazy goes with"):
+        Optimizers(Optimizer(name="rmsprop", lazy=True), groups(model), model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_lowers_the_loss_and_its_state_travels(name: str) -> None:
+    subject = testing.tiny("gpt2ish")
+    spec = Optimizer(name=name, lr=0.003, weight_decay=0.01)  # type: ignore[arg-type]
+    batch = subject.batch()
+
+    def start() -> tuple[nn.Module, Optimizers]:
+        model = subject.model()
+        return model, Optimizers(spec, subject.runner.param_groups(model), model)
+
+    def step(model: nn.Module, optimizers: Optimizers) -> float:
+        out = subject.runner.step(model, batch)
+        (out.loss_sum / out.n_tokens).backward()
+        optimizers.prepare(1.0)
+        optimizers.step()
+        optimizers.zero_grad()
+        return float(out.loss_sum.detach())
+
+    model, optimizers = start()
+    losses = [step(model, optimizers) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    other, restored = start()
+    other.load_state_dict(model.state_dict())
+    restored.load_state_tensors({k: v.clone() for k, v in optimizers.state_tensors().items()})
+    step(model, optimizers)
+    step(other, restored)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weight_decay_acts_on_matrices_only() -> None:
+    model = Table(False)
+    optimizers = Optimizers(Optimizer(name="adamw", weight_decay=0.3), groups(model), model)
+    decays = {id(p): g["weight_decay"] for part in optimizers.parts for g in part.param_groups for p in g["params"]}
+    assert [decays[id(p)] for p in (model.table.weight, model.out.weight, model.out.bias)] == [0.3, 0.3, 0.0]
+
+
+def test_muon_takes_the_matrices() -> None:
+    subject = testing.tiny("gpt2ish")
+    model = subject.model()
+    optimizers = Optimizers(Optimizer(name="muon", lr=0.02), subject.runner.param_groups(model), model)
+    muon = {id(p) for part in optimizers.parts if isinstance(part, torch.optim.Muon)
+            for g in part.param_groups for p in g["params"]}  # fmt: skip
+    named = {n for n, p in model.named_parameters() if id(p) in muon}
+    assert "blocks.0.ff.fc1.weight" in named
+    assert not {"head.weight", "tok_embed.weight", "ln.weight", "head.bias"} & named
+
+
+def test_groups_must_be_complete_and_disjoint() -> None:
+    model = Table(False)
+    with pytest.raises(LmplayError, match=r"out\.bias"):
+        check_groups(groups(model)[:2], model)
+    with pytest.raises(LmplayError, match="two groups"):
+        check_groups([*groups(model), groups(model)[0]], model)
+    with pytest.raises(LmplayError, match="unknown"):
+        check_groups([{"params": list(model.parameters()), "weight_decay": 1}], model)
+
+
+def test_clipping_by_norm_equals_torchs() -> None:
+    a, b = Table(False), Table(False)
+    optimizers = Optimizers(Optimizer(), groups(a), a)
+    a.loss(0).backward()
+    b.loss(0).backward()
+    norm = optimizers.prepare(0.25)
+    expected = torch.nn.utils.clip_grad_norm_(b.parameters(), 0.25)
+    assert math.isclose(float(norm), float(expected), rel_tol=1e-6)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)

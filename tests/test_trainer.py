@@ -1,0 +1,208 @@
+"""The loop: kills and resumes to the bit, accumulation, signals, numbers that are not finite."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import run_command, write_plan
+
+from lmplay import checkpoint
+from lmplay.compare import read_curve
+from lmplay.stats import CLOCK_COLUMNS
+
+TRAIN = [sys.executable, "-m", "lmplay.cli.trainer"]
+
+
+def only_run(folder: Path) -> Path:
+    (path,) = (p.parent for p in (folder / "gpt_out").rglob("run.json"))
+    return path
+
+
+def assert_equal_to_the_bit(a: Path, b: Path) -> None:
+    """Weights, optimizer, random numbers and curves (but for the clock's columns) of two runs."""
+    one, two = (checkpoint.newest(p / "checkpoints", print) for p in (a, b))
+    assert one is not None
+    assert two is not None
+    assert one.step == two.step
+    for name in ("model", "optimizer", "rng"):
+        x, y = one.tensors(name), two.tensors(name)
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[k], y[k]) for k in x), name
+    for name in ("train.csv", "validate.csv"):
+        x, y = (read_curve(p / name).drop(columns=list(CLOCK_COLUMNS), errors="ignore") for p in (a, b))
+        pd.testing.assert_frame_equal(x, y, check_exact=True)
+
+
+def test_killed_at_random_moments_and_resumed_it_is_equal_to_the_bit(tmp_path: Path) -> None:
+    """At least ten SIGKILLs in one run, wherever they fall: between steps, in a save, in validation."""
+    steps = 240
+    changes = {"steps": [{"datasets": ["words"], "steps": steps}], "optimizer": {"name": "adamw", "lr": 1e-3}}
+    folders = [tmp_path / n for n in ("whole", "killed")]
+    for folder in folders:
+        folder.mkdir()
+        write_plan(folder, **changes)
+    arguments = ["--exp", "ue", "--training-plan", "tiny.json", "--mini-batch-size", "4", "--save-minutes", "0"]
+    whole = run_command("lmp_trainer", *arguments, cwd=folders[0])
+    assert whole.returncode == 0, whole.stderr
+    dice = random.Random(5)
+    kills = 0
+    train = folders[1] / "gpt_out" / "tiny" / "ue-s0" / "train.csv"
+    for attempt in range(60):
+        process = subprocess.Popen(
+            [*TRAIN, *arguments], cwd=folders[1], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        start = train.stat().st_size if train.exists() else 0
+        while process.poll() is None and (not train.exists() or train.stat().st_size == start):
+            time.sleep(0.005)  # until it trains, so that the kill falls into the loop
+        time.sleep(dice.uniform(0.0, 0.12))
+        if attempt < 14 and process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        if process.wait(timeout=120) == 0:
+            break
+    assert kills >= 10, f"only {kills} kills: the run is too short for this machine"
+    assert len(read_curve(train)) == steps
+    assert_equal_to_the_bit(only_run(folders[0]), only_run(folders[1]))
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_says_how_to_go_on_and_the_same_command_does(
+    tmp_path: Path, signum: signal.Signals, status: int
+) -> None:
+    write_plan(tmp_path, steps=[{"datasets": ["words"], "steps": 400}])
+    arguments = [*TRAIN, "--training-plan", "tiny.json", "--mini-batch-size", "4"]
+    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    train = tmp_path / "gpt_out" / "tiny" / "gpt2ish-s0" / "train.csv"
+    while not train.exists():
+        time.sleep(0.01)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, err
+    assert "The same command goes on" in out
+    assert "Traceback" not in err
+    done = len(read_curve(train))
+    found = checkpoint.newest(train.parent / "checkpoints", print)
+    assert found is not None
+    assert found.step == done
+    again = run_command("lmp_trainer", *arguments[3:], cwd=tmp_path)
+    assert again.returncode == 0
+    assert f"resuming gpt_out/tiny/gpt2ish-s0 at step {done}" in again.stdout
+    assert len(read_curve(train)) == 400
+
+
+def test_mini_batch_size_changes_rounding_only(tmp_path: Path) -> None:
+    losses = []
+    for size in ("1", "3", "8"):
+        write_plan(tmp_path, model={"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "max_len": 32, "dropout": 0.0})
+        arguments = ("--training-plan", "tiny.json", "--mini-batch-size", size, "--out", f"out{size}")
+        done = run_command("lmp_trainer", *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        losses.append(read_curve(tmp_path / f"out{size}" / "tiny" / "gpt2ish-s0" / "train.csv")["loss"])
+    for other in losses[1:]:
+        assert (losses[0] - other).abs().max() < 1e-4
+
+
+def test_seeds_change_weights_and_not_the_data(tmp_path: Path) -> None:
+    """Two seeds read the same sequences: with a learning rate of nearly 0 the losses stay those of the start."""
+    write_plan(tmp_path)
+    for seed in ("0", "1"):
+        arguments = ("--training-plan", "tiny.json", "--seed", seed, "--mini-batch-size", "8")
+        assert run_command("lmp_trainer", *arguments, cwd=tmp_path).returncode == 0
+    a, b = (read_curve(tmp_path / f"gpt_out/tiny/gpt2ish-s{s}/train.csv") for s in (0, 1))
+    assert (a["loss"] != b["loss"]).all()
+    # nats per token over bits per byte is bytes per token: a fingerprint of which tokens were read
+    assert (a["loss"] / a["bpb"] - b["loss"] / b["bpb"]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, where: str) -> None:
+    write_plan(tmp_path)
+    text = (Path(__file__).parent.parent / "experiments" / "gpt2ish.py").read_text()
+    poison = {
+        "loss": "x = x * torch.where(self.count > 4, float('nan'), 1.0)",
+        "gradient": "x.requires_grad and x.register_hook(lambda g: g * (float('inf') if self.count > 4 else 1.0))",
+    }[where]
+    text = text.replace(
+        "        return self.ln(x)",
+        f"        self.count += self.training\n        {poison}\n        return self.ln(x)",
+    ).replace("        self.ln = nn", "        self.register_buffer('count', torch.zeros(()))\n        self.ln = nn")
+    (tmp_path / "bad.py").write_text(text)
+    arguments = ("--exp", "bad.py", "--training-plan", "tiny.json", "--mini-batch-size", "8", "--save-minutes", "0")
+    done = run_command("lmp_trainer", *arguments, cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "step 5" in line
+    assert "000000004" in line, "the last good checkpoint is named"
+    found = checkpoint.newest(only_run(tmp_path) / "checkpoints", print)
+    assert found is not None
+    assert all(bool(t.isfinite().all()) for t in found.tensors("model").values())
+
+
+def test_steps_of_a_plan_follow_each_other_with_their_own_optimizers(tmp_path: Path) -> None:
+    plan = write_plan(
+        tmp_path,
+        steps=[
+            {"step_name": "first", "datasets": ["words"], "steps": 4, "lr": 0.01, "schedule": {"name": "constant"}},
+            {"step_name": "second", "datasets": ["words"], "tokens": 1024, "optimizer": {"name": "adagrad", "lr": 0.1}},
+            {"step_name": "third", "datasets": ["words"], "epochs": 0.5},
+        ],
+    )
+    done = run_command("lmp_trainer", "--training-plan", str(plan), "--mini-batch-size", "8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    train = read_curve(only_run(tmp_path) / "train.csv")
+    assert list(train["lr"][:4]) == [0.01] * 4
+    assert train["lr"][4] > 0.05
+    assert len(train) > 8
+    assert "plan step third begins" in done.stdout
+
+
+def test_minutes_are_a_budget(tmp_path: Path) -> None:
+    write_plan(tmp_path)
+    done = run_command("lmp_trainer", "--training-plan", "tiny.json", "--minutes", "0.03", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    train = read_curve(only_run(tmp_path) / "train.csv")
+    assert 1.8 <= train["seconds"].iloc[-1] < 4
+    assert train["lr"].iloc[-1] < 0.5 * train["lr"].max(), "the schedule ends with the budget"
+
+
+def test_run_record_repeats_the_run(tmp_path: Path) -> None:
+    write_plan(tmp_path)
+    arguments = ("--exp", "ue", "--set", "front_embed_mul=2", "--training-plan", "tiny.json", "--steps", "3")
+    assert run_command("lmp_trainer", *arguments, cwd=tmp_path).returncode == 0
+    run = only_run(tmp_path)
+    assert run.name == "ue-front_embed_mul=2-3steps-s0"
+    record = json.loads((run / "run.json").read_text())
+    assert record["identity"]["config"]["front_embed_mul"] == 2.0
+    assert {"plan", "versions", "threads", "mini_batch_size", "flops_per_token", "command", "git"} <= set(record)
+    assert (run / "experiment" / "ue.py").read_text() == (
+        Path(__file__).parent.parent / "experiments/ue.py"
+    ).read_text()
+    log = (run / "log.txt").read_text()
+    assert "finished" in log
+
+
+def test_uncommitted_changes_are_kept_or_refused(tmp_path: Path) -> None:
+    write_plan(tmp_path)
+    git = {**os.environ, "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a",
+           "GIT_COMMITTER_EMAIL": "a@b"}  # fmt: skip
+    for words in (["init", "-q"], ["add", "tiny.json"], ["commit", "-qm", "x"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, env=git)
+    (tmp_path / "tiny.json").write_text((tmp_path / "tiny.json").read_text() + "\n")
+    refused = run_command("lmp_trainer", "--training-plan", "tiny.json", "--no-dirty", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "uncommitted changes" in refused.stderr
+    kept = run_command("lmp_trainer", "--training-plan", "tiny.json", "--steps", "2", cwd=tmp_path)
+    assert kept.returncode == 0
+    diff = (only_run(tmp_path) / "uncommitted.diff").read_text()
+    assert "tiny.json" in diff
+    assert "untracked: data.jsonl" in diff
