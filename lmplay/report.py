@@ -28,6 +28,12 @@ def count(n: float) -> str:
     return f"{n:.3g}"
 
 
+def make_console() -> Console:
+    """The console of a command: as wide as the terminal, or wide enough for whole lines in a pipe or file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=400)
+
+
 class Report:
     """Progress of one run. Use as a context; `note` may be used outside of it as well."""
 

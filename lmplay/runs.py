@@ -114,6 +114,12 @@ class RunFolder:
             )
         return True
 
+    def close(self) -> None:
+        """Let other processes train in the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def create(self, content: dict[str, Any], experiment: Experiment, tokenizer: tokenizers.Tokenizer) -> None:
         """Write what makes the run repeatable: run.json last, after the source and the tokenizer."""
         source = experiment.source.path

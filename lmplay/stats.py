@@ -28,8 +28,9 @@ class Curve:
 
     def cut(self, size: int) -> None:
         """Drop everything after the first `size` bytes."""
-        if self.path.exists():
-            os.truncate(self.path, min(size, self.size))
+        if self.size > size:
+            os.truncate(self.path, size)
+        if self.size:
             with open(self.path, encoding="utf-8") as file:
                 header = file.readline().strip()
             if header:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import run_command, write_plan
+from conftest import call_command, run_command, write_plan
 
 from lmplay import checkpoint
 from lmplay.compare import read_curve
@@ -105,7 +105,7 @@ def test_mini_batch_size_changes_rounding_only(tmp_path: Path) -> None:
     for size in ("1", "3", "8"):
         write_plan(tmp_path, model={"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "max_len": 32, "dropout": 0.0})
         arguments = ("--training-plan", "tiny.json", "--mini-batch-size", size, "--out", f"out{size}")
-        done = run_command("lmp_trainer", *arguments, cwd=tmp_path)
+        done = call_command("lmp_trainer", *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         losses.append(read_curve(tmp_path / f"out{size}" / "tiny" / "gpt2ish-s0" / "train.csv")["loss"])
     for other in losses[1:]:
@@ -117,7 +117,7 @@ def test_seeds_change_weights_and_not_the_data(tmp_path: Path) -> None:
     write_plan(tmp_path)
     for seed in ("0", "1"):
         arguments = ("--training-plan", "tiny.json", "--seed", seed, "--mini-batch-size", "8")
-        assert run_command("lmp_trainer", *arguments, cwd=tmp_path).returncode == 0
+        assert call_command("lmp_trainer", *arguments, cwd=tmp_path).returncode == 0
     a, b = (read_curve(tmp_path / f"gpt_out/tiny/gpt2ish-s{s}/train.csv") for s in (0, 1))
     assert (a["loss"] != b["loss"]).all()
     # nats per token over bits per byte is bytes per token: a fingerprint of which tokens were read
@@ -138,7 +138,7 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, where: str) 
     ).replace("        self.ln = nn", "        self.register_buffer('count', torch.zeros(()))\n        self.ln = nn")
     (tmp_path / "bad.py").write_text(text)
     arguments = ("--exp", "bad.py", "--training-plan", "tiny.json", "--mini-batch-size", "8", "--save-minutes", "0")
-    done = run_command("lmp_trainer", *arguments, cwd=tmp_path)
+    done = call_command("lmp_trainer", *arguments, cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert "step 5" in line
@@ -157,7 +157,7 @@ def test_steps_of_a_plan_follow_each_other_with_their_own_optimizers(tmp_path: P
             {"step_name": "third", "datasets": ["words"], "epochs": 0.5},
         ],
     )
-    done = run_command("lmp_trainer", "--training-plan", str(plan), "--mini-batch-size", "8", cwd=tmp_path)
+    done = call_command("lmp_trainer", "--training-plan", str(plan), "--mini-batch-size", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     train = read_curve(only_run(tmp_path) / "train.csv")
     assert list(train["lr"][:4]) == [0.01] * 4
@@ -168,7 +168,7 @@ def test_steps_of_a_plan_follow_each_other_with_their_own_optimizers(tmp_path: P
 
 def test_minutes_are_a_budget(tmp_path: Path) -> None:
     write_plan(tmp_path)
-    done = run_command("lmp_trainer", "--training-plan", "tiny.json", "--minutes", "0.03", cwd=tmp_path)
+    done = call_command("lmp_trainer", "--training-plan", "tiny.json", "--minutes", "0.03", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     train = read_curve(only_run(tmp_path) / "train.csv")
     assert 1.8 <= train["seconds"].iloc[-1] < 4
@@ -178,7 +178,7 @@ def test_minutes_are_a_budget(tmp_path: Path) -> None:
 def test_run_record_repeats_the_run(tmp_path: Path) -> None:
     write_plan(tmp_path)
     arguments = ("--exp", "ue", "--set", "front_embed_mul=2", "--training-plan", "tiny.json", "--steps", "3")
-    assert run_command("lmp_trainer", *arguments, cwd=tmp_path).returncode == 0
+    assert call_command("lmp_trainer", *arguments, cwd=tmp_path).returncode == 0
     run = only_run(tmp_path)
     assert run.name == "ue-front_embed_mul=2-3steps-s0"
     record = json.loads((run / "run.json").read_text())
@@ -198,10 +198,10 @@ def test_uncommitted_changes_are_kept_or_refused(tmp_path: Path) -> None:
     for words in (["init", "-q"], ["add", "tiny.json"], ["commit", "-qm", "x"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True, env=git)
     (tmp_path / "tiny.json").write_text((tmp_path / "tiny.json").read_text() + "\n")
-    refused = run_command("lmp_trainer", "--training-plan", "tiny.json", "--no-dirty", cwd=tmp_path)
+    refused = call_command("lmp_trainer", "--training-plan", "tiny.json", "--no-dirty", cwd=tmp_path)
     assert refused.returncode == 1
     assert "uncommitted changes" in refused.stderr
-    kept = run_command("lmp_trainer", "--training-plan", "tiny.json", "--steps", "2", cwd=tmp_path)
+    kept = call_command("lmp_trainer", "--training-plan", "tiny.json", "--steps", "2", cwd=tmp_path)
     assert kept.returncode == 0
     diff = (only_run(tmp_path) / "uncommitted.diff").read_text()
     assert "tiny.json" in diff

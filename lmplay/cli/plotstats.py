@@ -48,14 +48,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     import pandas as pd
-    from rich.console import Console
 
     from ..compare import METRICS, baseline_of, by_arena, collect, final_table, seeds_note
     from ..plots import Style, draw
+    from ..report import make_console
 
     if args.max_files < 1 or not 0 <= args.min_show < 1:
         raise LmplayError("--max-files must be 1 or more, --min-show in [0, 1)")
-    console = Console()
+    console = make_console()
     kind = "train" if args.plot_train else "validate"
     curves, left_out = collect(args.folders or [Path("gpt_out")], kind, args.max_files)
     for line in left_out:
@@ -117,7 +117,7 @@ def show(table: object, plan: str, console: object) -> None:
         drawn.add_column(column.replace("_", " "), justify="left" if column in ("run", "to") else "right")
     for row in table.itertuples(index=False):
         drawn.add_row(*(cell(c, v) for c, v in zip(table.columns[1:], row[1:], strict=True)))
-    console.print(drawn, width=None if console.is_terminal else 10_000, highlight=False, markup=False)
+    console.print(drawn, highlight=False, markup=False)
 
 
 def cell(column: str, value: object) -> str:

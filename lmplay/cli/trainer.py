@@ -83,9 +83,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(args: argparse.Namespace) -> int:
-    from rich.console import Console
+    from ..report import make_console
 
-    console = Console()
+    console = make_console()
     if args.exp == "list":
         list_experiments(list_sources(), console)
         return 0
@@ -115,7 +115,6 @@ def list_experiments(sources: list[Source], console: Console) -> None:
     from rich.table import Table
 
     table = Table("experiment", "what it is", "from", box=None, pad_edge=False)
-    width = None if console.is_terminal else 10_000  # a pipe gets whole lines
     for source in sorted(sources, key=lambda s: (s.origin != "shipped", s.idea)):
         if source.broken:
             table.add_row(source.idea, f"[red]broken:[/red] {escape(source.broken)}", escape(source.origin))
@@ -124,7 +123,7 @@ def list_experiments(sources: list[Source], console: Console) -> None:
         others = [v for v in source.variants if v != source.idea]
         if others:
             table.add_row("", f"[dim]also: {escape(', '.join(others))}[/dim]", "")
-    console.print(table, width=width, highlight=False)
+    console.print(table, highlight=False)
 
 
 def list_plans(console: Console) -> None:
@@ -138,7 +137,7 @@ def list_plans(console: Console) -> None:
             table.add_row(f"[bold]{escape(name)}[/bold]", escape(load_plan(path).description))
         except LmplayError as e:
             table.add_row(escape(name), f"[red]broken:[/red] {escape(str(e))}")
-    console.print(table, width=None if console.is_terminal else 10_000, highlight=False)
+    console.print(table, highlight=False)
 
 
 def escape(text: str) -> str:
@@ -212,55 +211,58 @@ def train(
         trainer = Trainer(plan, prepared, runner, seed, device, precision, run, report, options)
         return check_grads(trainer, console) if args.check_grads else profile(trainer, args, console)
 
-    exists = run.open(wanted, args.fresh)
-    report.log_path = run.path / "log.txt"
-    if exists and run.read().get("summary"):
-        report.note(f"{run.path} is finished; --fresh trains it again")
-        print_summary(run.read()["summary"])
-        return 0
-    report.note(f"{experiment.variant} on {plan_name}, seed {seed}, {describe_device(device)}, {precision.name}")
-    trainer = Trainer(plan, prepared, runner, seed, device, precision, run, report, options)
-    known = run.read() if exists else {}
-    if not exists:
-        run.create(
-            {
-                "identity": wanted,
-                "plan_name": plan_name,
-                "plan": plan.model_dump(mode="json", by_alias=True),
-                "baseline": experiment.source.baseline,
-                "idea": experiment.source.idea,
-                "overrides": overrides,
-                "command": ["lmp_trainer", *sys.argv[1:]],
-                "device": describe_device(device),
-                "memory": memory,
-                "versions": {
-                    "lmplay": __version__,
-                    "torch": torch.__version__,
-                    "python": sys.version.split()[0],
+    try:
+        exists = run.open(wanted, args.fresh)
+        report.log_path = run.path / "log.txt"
+        if exists and run.read().get("summary"):
+            report.note(f"{run.path} is finished; --fresh trains it again")
+            print_summary(run.read()["summary"])
+            return 0
+        report.note(f"{experiment.variant} on {plan_name}, seed {seed}, {describe_device(device)}, {precision.name}")
+        trainer = Trainer(plan, prepared, runner, seed, device, precision, run, report, options)
+        known = run.read() if exists else {}
+        if not exists:
+            run.create(
+                {
+                    "identity": wanted,
+                    "plan_name": plan_name,
+                    "plan": plan.model_dump(mode="json", by_alias=True),
+                    "baseline": experiment.source.baseline,
+                    "idea": experiment.source.idea,
+                    "overrides": overrides,
+                    "command": ["lmp_trainer", *sys.argv[1:]],
+                    "device": describe_device(device),
+                    "memory": memory,
+                    "versions": {
+                        "lmplay": __version__,
+                        "torch": torch.__version__,
+                        "python": sys.version.split()[0],
+                    },
+                    "threads": torch.get_num_threads(),
+                    "git": {"commit": commit, "dirty": bool(diff)},
                 },
-                "threads": torch.get_num_threads(),
-                "git": {"commit": commit, "dirty": bool(diff)},
-            },
-            experiment,
-            prepared.tokenizer,
-        )
-        if diff:
-            (run.path / "uncommitted.diff").write_text(diff, encoding="utf-8")
-    elif known.get("threads") != torch.get_num_threads():
-        report.note(f"this run began with {known.get('threads')} threads: equal from here on but for rounding")
-    if trainer.resume():
-        report.note(f"resuming {run.path} at step {trainer.place.step}, {trainer.place.tokens} tokens")
-    with report:
-        run.update(**trainer.prepare(args.mini_batch_size, known))
-        try:
-            summary = trainer.train()
-        except Stopped as e:
-            report.note(f"{e}; saved at step {trainer.place.step}. The same command goes on from there.")
-            return e.status
-    run.update(summary=summary)
-    report.note(f"finished: {run.path}")
-    print_summary(summary)
-    return 0
+                experiment,
+                prepared.tokenizer,
+            )
+            if diff:
+                (run.path / "uncommitted.diff").write_text(diff, encoding="utf-8")
+        elif known.get("threads") != torch.get_num_threads():
+            report.note(f"this run began with {known.get('threads')} threads: equal from here on but for rounding")
+        if trainer.resume():
+            report.note(f"resuming {run.path} at step {trainer.place.step}, {trainer.place.tokens} tokens")
+        with report:
+            run.update(**trainer.prepare(args.mini_batch_size, known))
+            try:
+                summary = trainer.train()
+            except Stopped as e:
+                report.note(f"{e}; saved at step {trainer.place.step}. The same command goes on from there.")
+                return e.status
+        run.update(summary=summary)
+        report.note(f"finished: {run.path}")
+        print_summary(summary)
+        return 0
+    finally:
+        run.close()
 
 
 def print_summary(summary: dict[str, object]) -> None:

@@ -1,0 +1,185 @@
+"""Bad input through the commands: one clear line, an exit status that is not 0, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Command, write_plan
+
+from lmplay.compare import read_curve
+from lmplay.runs import RunFolder
+
+
+def one_line(done: subprocess.CompletedProcess[str], *says: str, status: int = 1) -> None:
+    assert done.returncode == status, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    for word in says:
+        assert word in lines[0]
+
+
+@pytest.fixture
+def trained(tmp_path: Path, command: Command) -> Path:
+    """A finished run of a tiny plan in tmp_path; returns its folder."""
+    write_plan(tmp_path)
+    done = command("lmp_trainer", "--training-plan", "tiny.json", "--mini-batch-size", "8", "--save-minutes", "0")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "gpt_out" / "tiny" / "gpt2ish-s0"
+
+
+def test_unknown_experiment(command: Command) -> None:
+    one_line(command("lmp_trainer", "--exp", "value_nrom"), "did you mean value_norm?")
+
+
+def test_unknown_plan_and_plan_key(command: Command, tmp_path: Path) -> None:
+    one_line(command("lmp_trainer", "--training-plan", "laptp"), "did you mean laptop?")
+    write_plan(tmp_path, optimiser={})
+    one_line(command("lmp_trainer", "--training-plan", "tiny.json"), "did you mean optimizer?", "tiny.json")
+
+
+def test_missing_data_set(command: Command, tmp_path: Path) -> None:
+    write_plan(tmp_path)
+    (tmp_path / "data.jsonl").unlink()
+    one_line(command("lmp_trainer", "--training-plan", "tiny.json"), "data set words", "no files")
+    # the hub's client may warn on its own; the last line is ours
+    done = command("lmp_trainer", "--training-plan", "tinystories")
+    assert done.returncode == 1
+    assert "the plans laptop, smoke" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_corrupt_newest_checkpoint_falls_back(command: Command, trained: Path) -> None:
+    record = json.loads((trained / "run.json").read_text())
+    summary = record.pop("summary")
+    (trained / "run.json").write_text(json.dumps(record))  # as if killed just before the end
+    newest = sorted((trained / "checkpoints").iterdir())[-1]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"oops")
+    done = command("lmp_trainer", "--training-plan", "tiny.json", "--save-minutes", "0")
+    assert done.returncode == 0, done.stderr
+    assert f"{newest.name} skipped: model.safetensors is damaged" in done.stdout
+    assert "at step 11" in done.stdout
+    again = json.loads((trained / "run.json").read_text())["summary"]
+    assert again["val_loss"] == summary["val_loss"]
+    assert len(read_curve(trained / "train.csv")) == 12
+
+
+def test_a_pickle_is_refused(command: Command, trained: Path, tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(2)}, tmp_path / "model.pt")
+    one_line(command("lmp_generator", "x", "--model", "model.pt"), "pickle", "refused")
+    newest = sorted((trained / "checkpoints").iterdir())[-1]
+    (newest / "manifest.json").unlink()
+    torch.save({"w": torch.zeros(2)}, newest / "model.pt")
+    one_line(command("lmp_generator", "x", "--model", str(newest)), "pickle", "refused")
+
+
+def test_vocabulary_that_does_not_match(command: Command, trained: Path) -> None:
+    record = json.loads((trained / "run.json").read_text())
+    record["identity"]["config"]["vocab_size"] = 99
+    (trained / "run.json").write_text(json.dumps(record))
+    done = command("lmp_generator", "x")
+    assert done.returncode == 1
+    assert "vocabulary does not match" in done.stderr
+    assert "99" in done.stderr
+
+
+def test_another_tokenizer_is_refused(command: Command, trained: Path) -> None:
+    path = trained / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["state"] = {"kind": "chars", "characters": "abc"}
+    path.write_text(json.dumps(content))
+    done = command("lmp_generator", "x", "--model", str(trained))
+    one_line(done, "not the tokenizer that was saved")
+
+
+def test_a_run_of_other_code_is_refused_and_fresh_moves_it_aside(command: Command, tmp_path: Path) -> None:
+    write_plan(tmp_path)
+    text = (Path(__file__).parent.parent / "experiments" / "gpt2ish.py").read_text()
+    text = text.replace('"gpt2ish": {}', '"mine": {}').replace('"gpt2ish_', '"mine_')
+    (tmp_path / "mine.py").write_text(text)
+    arguments = ("lmp_trainer", "--exp", "mine.py", "--training-plan", "tiny.json", "--mini-batch-size", "8")
+    assert command(*arguments).returncode == 0
+    folder = tmp_path / "gpt_out" / "tiny" / "mine-s0"
+    curve = (folder / "train.csv").read_text()
+    (tmp_path / "mine.py").write_text(text + "\n# changed\n")
+    one_line(command(*arguments), "holds another run", "experiment", "--fresh")
+    assert (folder / "train.csv").read_text() == curve
+    assert command(*arguments, "--fresh").returncode == 0
+    assert (tmp_path / "gpt_out" / "tiny" / "mine-s0~1" / "train.csv").read_text() == curve
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_no_permission_to_write(command: Command, tmp_path: Path) -> None:
+    write_plan(tmp_path)
+    (tmp_path / "file").write_text("a file where a folder is wanted")  # refuses root as well
+    done = command("lmp_trainer", "--training-plan", "tiny.json", "--out", "file/out")
+    one_line(done, "cannot be written", "file/out")
+    if os.geteuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        one_line(command("lmp_trainer", "--training-plan", "tiny.json", "--out", "locked"), "cannot be written")
+
+
+def test_two_processes_do_not_train_one_run(command: Command, trained: Path) -> None:
+    folder = RunFolder(trained)
+    assert folder.open({}, fresh=False)
+    one_line(command("lmp_trainer", "--training-plan", "tiny.json"), "another process")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_disk_full_while_training(command: Command, tmp_path: Path) -> None:
+    write_plan(tmp_path)
+    folder = tmp_path / "gpt_out" / "tiny" / "gpt2ish-s0"
+    folder.mkdir(parents=True)
+    (folder / "train.csv").symlink_to("/dev/full")
+    done = command("lmp_trainer", "--training-plan", "tiny.json", "--mini-batch-size", "8")
+    one_line(done, "No space left on device", "train.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--set", "num_blocks"), "KEY=VALUE"),
+        (("--set", "num_blokcs=3"), "did you mean num_blocks"),
+        (("--set", "dropout=2"), "not in [0, 1)"),
+        (("--device", "cuda"), "no such device"),
+    ],
+)
+def test_bad_settings(command: Command, arguments: tuple[str, ...], says: str) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    one_line(command("lmp_trainer", "--training-plan", "smoke", *arguments), says)
+
+
+def test_usage_errors_have_their_own_status(command: Command) -> None:
+    for arguments in (("--steps", "0"), ("--minutes", "soon"), ("--no-such-flag",)):
+        assert command("lmp_trainer", *arguments).returncode == 2
+
+
+def test_generator_and_plots_without_runs(command: Command, tmp_path: Path) -> None:
+    one_line(command("lmp_generator", "hello"), "no run with a checkpoint")
+    one_line(command("lmp_plotstats"), "no such folder")
+    (tmp_path / "gpt_out").mkdir()
+    one_line(command("lmp_plotstats"), "no runs with curves")
+    one_line(command("lmp_generator", "hello", "--temperature", "0"), "above 0")
+    one_line(command("lmp_generator", "hello", "--model", "nowhere"), "no such folder")
+
+
+def test_check_grads_and_profile(command: Command, tmp_path: Path) -> None:
+    write_plan(tmp_path)
+    text = (Path(__file__).parent.parent / "experiments" / "gpt2ish.py").read_text()
+    text = text.replace("        self.ln = nn", "        self.idle = Linear(3, 3)\n        self.ln = nn")
+    (tmp_path / "idle.py").write_text(text)
+    done = command("lmp_trainer", "--exp", "idle.py", "--training-plan", "tiny.json", "--check-grads")
+    assert done.returncode == 1
+    assert "no gradient: idle.weight" in done.stdout
+    assert "parameters_without_gradient: 2 of" in done.stdout
+    done = command("lmp_trainer", "--training-plan", "tiny.json", "--profile", "--mini-batch-size", "8")
+    assert done.returncode == 0, done.stderr
+    assert "aten::" in done.stdout
+    (trace,) = (tmp_path / "gpt_out").glob("profile-*.json")
+    assert json.loads(trace.read_text())["traceEvents"]
