@@ -36,6 +36,10 @@ class Curve:
     run: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def seed(self) -> int | None:
+        return self.run.get("identity", {}).get("seed")
+
+    @property
     def arena(self) -> tuple[str, str]:
         return self.plan, self.fingerprint
 
@@ -147,6 +151,22 @@ def baseline_of(curves: Sequence[Curve], target: str | None) -> Curve | None:
     return min(plain, key=lambda c: (bool(c.run.get("overrides")), c.name), default=None)
 
 
+def partners(curves: Sequence[Curve], baseline: Curve | None, target: str | None) -> dict[Path, Curve]:
+    """For each curve (by its path) the curve that its difference is taken to.
+
+    Runs of one seed start their shared modules from the same numbers, so a run is compared with the
+    baseline's run of its own seed where there is one; a run that `target` names is the partner of all.
+    """
+    if baseline is None:
+        return {}
+    fixed = target == baseline.name
+    peers = [
+        c for c in curves if c.variant == baseline.variant and c.run.get("overrides") == baseline.run.get("overrides")
+    ]
+    by_seed = {} if fixed else {c.seed: c for c in peers}
+    return {c.path: by_seed.get(c.seed, baseline) for c in curves}
+
+
 def series(curve: Curve, x: str, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
     """x and y (n,) of a curve, by growing x, or None where it has no such columns."""
     column = AXES[x]
@@ -183,15 +203,16 @@ def difference(
     return grid, np.interp(grid, x, y) - np.interp(grid, bx, by)
 
 
-def final_table(curves: Sequence[Curve], baseline: Curve | None) -> pd.DataFrame:
-    """One row a run: final figures, and the difference to the baseline at the last common token count."""
+def final_table(curves: Sequence[Curve], partner: dict[Path, Curve]) -> pd.DataFrame:
+    """One row a run: final figures, and the difference to its partner at the last common token count."""
     rows = []
     for curve in curves:
         last = curve.frame.iloc[-1]
         row: dict[str, Any] = {"plan": curve.plan, "run": curve.name}
         row |= {key: last.get(key) for key in ("tokens", *METRICS)}
         own = series(curve, "tokens", "loss")
-        base = series(baseline, "tokens", "loss") if baseline else None
+        baseline = partner.get(curve.path)
+        base = series(baseline, "tokens", "loss") if baseline is not None else None
         if own and base and baseline is not None:
             _, delta = difference(own, base)
             row["loss_difference"] = delta[-1] if len(delta) else None

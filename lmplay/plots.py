@@ -51,17 +51,22 @@ def colours(curves: Sequence[Curve], baseline: Curve | None) -> dict[str, tuple[
         chosen[baseline.variant] = "#8a8a8a"
     seen: dict[str, int] = {}
     out = {}
-    for c in curves:
-        n = seen.get(c.variant, 0)
-        seen[c.variant] = n + 1
-        if c.variant in variants:  # beyond the palette, colours come again in other dashes
-            n += variants.index(c.variant) // len(COLOURS)
-        out[str(c.path)] = (chosen[c.variant], DASHES[n % len(DASHES)])
+    for c in curves:  # seeds, and variants beyond the palette, share a colour and differ in the dash
+        colour = chosen[c.variant]
+        out[str(c.path)] = (colour, DASHES[seen.get(colour, 0) % len(DASHES)])
+        seen[colour] = seen.get(colour, 0) + 1
     return out
 
 
-def draw(path: Path, curves: Sequence[Curve], metric: str, style: Style, baseline: Curve | None, diff: bool) -> bool:
-    """Write one figure: the metric of every run, or with `diff` its difference to the baseline.
+def draw(
+    path: Path,
+    curves: Sequence[Curve],
+    metric: str,
+    style: Style,
+    baseline: Curve | None,
+    partner: dict[Path, Curve] | None,
+) -> bool:
+    """Write one figure: the metric of every run, or with `partner` its difference to its partner.
 
     Returns whether there was anything to draw; a metric that no run has writes nothing.
 
@@ -72,8 +77,9 @@ def draw(path: Path, curves: Sequence[Curve], metric: str, style: Style, baselin
     from matplotlib import pyplot as plt
     from matplotlib.ticker import PercentFormatter
 
-    lines = _lines(curves, metric, style, baseline if diff else None)
-    if not lines or (diff and baseline is None):
+    diff = partner is not None
+    lines = _lines(curves, metric, style, partner)
+    if not lines:
         return False
     theme = THEMES[style.theme]
     settings: dict[str, Any] = {
@@ -102,7 +108,9 @@ def draw(path: Path, curves: Sequence[Curve], metric: str, style: Style, baselin
         if diff and baseline is not None:
             ax.axhline(0, color="#8a8a8a", lw=1.5)
             better = "lower" if metric != "accuracy" else "higher"
-            ax.set_ylabel(f"{LABELS[metric]}, difference to {baseline.name}\n({better} is better)")
+            paired = {c.path for c in (partner or {}).values()} != {baseline.path}
+            to = f"{baseline.variant} of the same seed" if paired else baseline.name
+            ax.set_ylabel(f"{LABELS[metric]}, difference to {to}\n({better} is better)")
         else:
             ax.set_ylabel(LABELS[metric])
         ax.set_xlabel(LABELS[style.x])
@@ -126,21 +134,22 @@ def draw(path: Path, curves: Sequence[Curve], metric: str, style: Style, baselin
 Line = tuple[Curve, np.ndarray, np.ndarray, np.ndarray | None]
 
 
-def _lines(curves: Sequence[Curve], metric: str, style: Style, baseline: Curve | None) -> list[Line]:
-    """x, smoothed y and, where wanted, raw y of each curve, or of its difference to the baseline."""
-    base = series(baseline, style.x, metric) if baseline is not None else None
+def _lines(curves: Sequence[Curve], metric: str, style: Style, partner: dict[Path, Curve] | None) -> list[Line]:
+    """x, smoothed y and, where wanted, raw y of each curve, or of its difference to its partner."""
     out: list[Line] = []
     for curve in curves:
         own = series(curve, style.x, metric)
-        if own is None or (baseline is not None and (base is None or curve.path == baseline.path)):
+        if own is None:
             continue
-        x, y = own
-        smoothed = smooth(y, style.average_count)
-        raw: np.ndarray | None = y
-        if base is not None:
-            smooth_base = (base[0], smooth(base[1], style.average_count))
-            raw = difference(own, base)[1]
-            x, smoothed = difference((x, smoothed), smooth_base)
+        x, raw = own
+        smoothed = smooth(raw, style.average_count)
+        if partner is not None:
+            other = partner.get(curve.path)
+            base = series(other, style.x, metric) if other is not None and other.path != curve.path else None
+            if base is None:
+                continue
+            _, raw = difference(own, base)
+            x, smoothed = difference((x, smoothed), (base[0], smooth(base[1], style.average_count)))
         if len(x):
             out.append((curve, x, smoothed, raw if style.raw and style.average_count > 1 else None))
     return out

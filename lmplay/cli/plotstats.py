@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 def command(args: argparse.Namespace) -> int:
     import pandas as pd
 
-    from ..compare import METRICS, baseline_of, by_arena, collect, final_table, seeds_note
+    from ..compare import METRICS, baseline_of, by_arena, collect, final_table, partners, seeds_note
     from ..plots import Style, draw
     from ..report import make_console
 
@@ -73,6 +73,7 @@ def command(args: argparse.Namespace) -> int:
     for (plan, fingerprint), group in groups.items():
         target = args.target if group in named else None
         baseline = baseline_of(group, target)
+        partner = partners(group, baseline, target)
         folder = args.out
         if len(groups) > 1:
             twice = sum(p == plan for p, _ in groups) > 1
@@ -84,9 +85,9 @@ def command(args: argparse.Namespace) -> int:
         for metric in METRICS:
             for diff in (False, True):
                 path = folder / f"log_{'diff_' if diff else ''}{metric}.{args.out_type}"
-                if draw(path, group, metric, style, baseline, diff):
+                if draw(path, group, metric, style, baseline, partner if diff else None):
                     written.append(path)
-        table = final_table(group, baseline)
+        table = final_table(group, partner)
         tables.append(table)
         show(table, plan, console)
         if note := seeds_note(group):

@@ -1,0 +1,165 @@
+"""Aligning, smoothing and differencing; figures and tables of the command."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import Command
+
+from lmplay import compare, plots
+from lmplay.errors import LmplayError
+
+
+def fake_run(
+    root: Path, name: str, plan: str, shift: float, seed: int = 0, points: int = 40, every: int = 1000
+) -> Path:
+    """A finished run whose loss falls like a power of the tokens, `shift` above the curve."""
+    folder = root / plan / f"{name}-s{seed}"
+    folder.mkdir(parents=True)
+    record = {
+        "identity": {"plan": f"print-of-{plan}", "variant": name, "seed": seed, "config": {}},
+        "plan_name": plan, "overrides": {}, "summary": {"parameters": 1000, "tokens_per_second": 10.0},
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(record))
+    tokens = np.arange(1, points + 1) * every
+    loss = 8 * (tokens / 1000) ** -0.1 + shift
+    frame = pd.DataFrame(
+        {"step": tokens // 100, "tokens": tokens, "flops": tokens * 1e6, "seconds": tokens / 500.0,
+         "loss": loss, "bpb": loss / 2, "accuracy": 0.5 - loss / 20}
+    )  # fmt: skip
+    for kind in ("train", "validate"):
+        frame.to_csv(folder / f"{kind}.csv", index=False)
+    return folder
+
+
+def test_smoothing_is_causal() -> None:
+    y = np.array([0.0, 0, 0, 6, 0, 0])
+    assert compare.smooth(y, 3).tolist() == [0, 0, 0, 2, 2, 2]
+    assert compare.smooth(y, 1).tolist() == y.tolist()
+
+
+def test_difference_is_taken_where_both_are() -> None:
+    x, delta = compare.difference(
+        (np.array([1.0, 2, 3]), np.array([5.0, 6, 7])), (np.array([2.0, 3, 4]), np.array([1.0, 1, 1]))
+    )
+    assert x.tolist() == [2, 3]
+    assert delta.tolist() == [5, 6]
+    line = np.array([1.0, 10, 100])
+    x, delta = compare.difference((line, 3 * line), (np.array([0.5, 7, 60]), np.array([0.5, 7, 60])))
+    assert x[0] == 1
+    assert x[-1] == pytest.approx(60)
+    np.testing.assert_allclose(delta, 2 * x, rtol=1e-9)  # straight lines are interpolated exactly
+    assert len(compare.difference((np.array([1.0]), np.array([1.0])), (np.array([2.0]), np.array([1.0])))[0]) == 0
+
+
+def test_baseline_is_gpt2ish_or_the_one_named_and_never_another(tmp_path: Path) -> None:
+    for name in ("ue", "gpt2ish_12"):
+        fake_run(tmp_path, name, "p", 0.0, points=99)
+    curves, _ = compare.collect([tmp_path], "validate", 20)
+    assert compare.baseline_of(curves, None) is None, "the longest is not taken instead"
+    fake_run(tmp_path, "gpt2ish", "p", 0.0)
+    curves, _ = compare.collect([tmp_path], "validate", 20)
+    found = compare.baseline_of(curves, None)
+    assert found is not None
+    assert found.variant == "gpt2ish"
+    named = compare.baseline_of(curves, "ue-s0")
+    assert named is not None
+    assert named.variant == "ue"
+    with pytest.raises(LmplayError, match="did you mean ue-s0"):
+        compare.baseline_of(curves, "ue-s1")
+
+
+def test_a_run_is_compared_with_the_baseline_of_its_own_seed(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        fake_run(tmp_path, "gpt2ish", "p", 0.1 * seed, seed=seed)
+    for seed in (0, 1, 2):
+        fake_run(tmp_path, "ue", "p", 0.1 * seed - 0.05, seed=seed)
+    curves, _ = compare.collect([tmp_path], "validate", 20)
+    baseline = compare.baseline_of(curves, None)
+    paired = compare.final_table(curves, compare.partners(curves, baseline, None)).set_index("run")
+    assert paired.loc[["ue-s0", "ue-s1"], "loss_difference"].tolist() == pytest.approx([-0.05, -0.05])
+    assert paired.loc["ue-s2", "to"] == "gpt2ish-s0"
+    fixed = compare.final_table(curves, compare.partners(curves, baseline, "gpt2ish-s0")).set_index("run")
+    assert fixed.loc["ue-s1", "loss_difference"] == pytest.approx(0.05)
+
+
+def test_a_cut_last_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("tokens,loss\n1,2.5\n2,2.25\n3,2.")
+    assert compare.read_curve(path)["loss"].tolist() == [2.5, 2.25]
+
+
+def test_floats_come_back_to_the_bit(tmp_path: Path) -> None:
+    from lmplay.stats import Curve
+
+    values = np.random.default_rng(0).random(300).tolist()
+    curve = Curve(tmp_path / "c.csv", ("tokens", "loss"))
+    for i, value in enumerate(values):
+        curve.append({"tokens": i, "loss": value})
+    assert compare.read_curve(curve.path)["loss"].tolist() == values
+    with pytest.raises(LmplayError, match="extra"):
+        curve.append({"tokens": 1, "loss": 1.0, "extra": 2.0})
+
+
+def test_ancestors_stats_are_read(tmp_path: Path) -> None:
+    (tmp_path / "old_v1_validate_stats.csv").write_text("iter,accuracy,loss,tokens\n10,0.1,5.5,1000\n20,0.2,5.0,2000\n")
+    (tmp_path / "old_v1_train_stats.csv").write_text("iter,accuracy,loss,tokens\n10,0.1,5.6,1000\n")
+    (curve,), _ = compare.collect([tmp_path], "validate", 20)
+    assert curve.name == "old_v1"
+    assert curve.frame["loss"].tolist() == [5.5, 5.0]
+
+
+@pytest.mark.parametrize("out_type", ["png", "jpg", "svg", "pdf"])
+def test_command_writes_figures_table_and_csv(command: Command, tmp_path: Path, out_type: str) -> None:
+    fake_run(tmp_path / "gpt_out", "gpt2ish", "laptop", 0.0)
+    fake_run(tmp_path / "gpt_out", "ue", "laptop", -0.125)
+    done = command("lmp_plotstats", "--out", "figures", "--out-type", out_type)
+    assert done.returncode == 0, done.stderr
+    expected = {f"log_{d}{m}.{out_type}" for d in ("", "diff_") for m in ("loss", "accuracy", "bpb")}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == expected | {"final.csv"}
+    assert all(p.stat().st_size > 1000 for p in (tmp_path / "figures").glob("log_*"))
+    table = pd.read_csv(tmp_path / "figures" / "final.csv").set_index("run")
+    assert table.loc["ue-s0", "loss_difference"] == pytest.approx(-0.125)
+    assert table.loc["gpt2ish-s0", "loss_difference"] == 0
+    assert "single seed, no claim" in done.stdout
+    assert "-0.1250" in done.stdout
+
+
+def test_runs_of_different_plans_are_kept_apart(command: Command, tmp_path: Path) -> None:
+    fake_run(tmp_path / "gpt_out", "gpt2ish", "laptop", 0.0)
+    fake_run(tmp_path / "gpt_out", "ue", "laptop", 0.1)
+    fake_run(tmp_path / "gpt_out", "ue", "smoke", 0.0)
+    done = command("lmp_plotstats", "--out", "f", "--x", "flops", "--plot-train", "--plot-raw", "--theme", "dark")
+    assert done.returncode == 0, done.stderr
+    assert "cannot be compared" in done.stdout
+    assert (tmp_path / "f" / "laptop" / "log_diff_loss.png").exists()
+    assert (tmp_path / "f" / "smoke" / "log_loss.png").exists()
+    assert not (tmp_path / "f" / "smoke" / "log_diff_loss.png").exists()
+    assert "smoke: no run of gpt2ish and no --target" in done.stdout
+
+
+def test_max_files_keeps_the_newest_and_says_so(command: Command, tmp_path: Path) -> None:
+    for age, name in enumerate(("ue", "value_norm", "gpt2ish")):
+        folder = fake_run(tmp_path / "gpt_out", name, "laptop", 0.0)
+        os.utime(folder / "validate.csv", (1e9 - age, 1e9 - age))
+    done = command("lmp_plotstats", "--max-files", "2")
+    assert "left out (--max-files 2)" in done.stdout
+    assert "gpt2ish-s0" in done.stdout.split("left out")[0]
+    one = command("lmp_plotstats", "--target", "nobody")
+    assert one.returncode == 1
+    assert "no such run" in one.stderr
+
+
+def test_every_curve_has_a_look_of_its_own(tmp_path: Path) -> None:
+    for i in range(9):
+        fake_run(tmp_path, f"v{i}", "p", 0.0)
+    fake_run(tmp_path, "v0", "p", 0.0, seed=1)
+    curves, _ = compare.collect([tmp_path], "validate", 20)
+    looks = plots.colours(curves, None)
+    assert len(set(looks.values())) == len(curves)
+    assert {looks[str(c.path)][0] for c in curves if c.variant == "v0"} == {plots.COLOURS[0]}
