@@ -151,6 +151,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = torch.zeros((), dtype=accumulate, device=x.device)
             correct = torch.zeros((), dtype=torch.int64, device=x.device)
             rows = min(chunk, n)
+            all_counted = bool((targets != IGNORE).all())  # asked once: on a GPU it waits
             buffer = torch.empty(rows, vocab, dtype=dtype, device=x.device)
             log_probs = torch.empty(rows, vocab, dtype=accumulate, device=x.device)
             for start in range(0, n, rows):
@@ -170,7 +171,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # d loss / d logits = softmax - onehot, and 0 in rows that are not counted.
                 delta = logp.exp_()
                 delta.scatter_add_(1, ts.clamp(min=0).unsqueeze(1), -torch.ones_like(picked).unsqueeze(1))
-                if not bool(counted.all()):
+                if not all_counted:
                     delta *= counted.unsqueeze(1)
                 if grad_b is not None:
                     grad_b += delta.sum(0)

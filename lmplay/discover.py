@@ -119,9 +119,16 @@ def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> S
 
 
 def search_folders() -> list[tuple[Path, str]]:
-    """Where experiments are looked for, in order, each with the name a user knows it by."""
+    """Where experiments are looked for, in order, each with the name a user knows it by.
+
+    Raises:
+        LmplayError: a folder that LMP_EXPERIMENTS names is not there.
+    """
     folders = [(Path("experiments"), "./experiments")]
     folders += [(Path(p).expanduser(), p) for p in os.environ.get("LMP_EXPERIMENTS", "").split(os.pathsep) if p]
+    for folder, name in folders[1:]:
+        if not folder.is_dir():
+            raise LmplayError(f"LMP_EXPERIMENTS: there is no folder {name}")
     folders.append((shipped("experiments"), "shipped"))
     seen: set[Path] = set()
     unique = []

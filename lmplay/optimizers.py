@@ -121,11 +121,10 @@ class Optimizers:
             (sparse if group.get("rows") else dense).append(entry)
         if sparse and not self._rows_only(sparse):
             dense, sparse = dense + sparse, []
-        device = next(model.parameters()).device.type
         for muon in (True, False):
             chosen = [_without(g, "muon") for g in dense if g["muon"] is muon]
             if chosen:
-                self.parts.append(_make(spec, chosen, muon, device))
+                self.parts.append(_make(spec, chosen, muon))
         if sparse:
             self.parts.append(self._sparse(sparse))
         self._sparse_params = [p for g in sparse for p in g["params"]]
@@ -184,8 +183,8 @@ class Optimizers:
             torch._foreach_mul_(values, 1 / unscale)
         norm = torch.nn.utils.get_total_norm(values)
         if clip is not None:
-            scale = clip / (norm + 1e-6)
-            if bool(scale < 1):
+            scale = clip / (float(norm) + 1e-6)
+            if scale < 1:
                 torch._foreach_mul_(values, scale)
         return norm
 
@@ -237,15 +236,16 @@ def _without(group: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k not in keys}
 
 
-def _make(spec: OptimizerSpec, groups: Iterable[dict[str, Any]], muon: bool, device: str) -> torch.optim.Optimizer:
+def _make(spec: OptimizerSpec, groups: Iterable[dict[str, Any]], muon: bool) -> torch.optim.Optimizer:
     """The torch optimizer for dense gradients, fused where torch has it for the device."""
     groups = list(groups)
-    fused = device in ("cpu", "cuda")
+    devices = {p.device.type for g in groups for p in g["params"]}
+    fused = devices in ({"cpu"}, {"cuda"})
     if muon:
         return torch.optim.Muon(groups, momentum=spec.momentum)
     match spec.name:
         case "adagrad":
-            return torch.optim.Adagrad(groups, eps=spec.eps or 1e-10, fused=True if device == "cpu" else None)
+            return torch.optim.Adagrad(groups, eps=spec.eps or 1e-10, fused=True if devices == {"cpu"} else None)
         case "sgd":
             return torch.optim.SGD(groups, momentum=spec.momentum, fused=fused)
         case "rmsprop":

@@ -94,15 +94,16 @@ class RunFolder:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if fresh and self.path.exists():
+                self._claim()  # a run that another process trains is not moved
+                self.close()
                 n = 1
                 while (aside := self.path.with_name(f"{self.path.name}{MOVED}{n}")).exists():
                     n += 1
                 self.path.rename(aside)
             self.path.mkdir(exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
+            self._claim()
         except OSError as e:
             raise LmplayError(f"{self.path}: this folder cannot be written: {e.strerror}") from e
-        _lock_or_refuse(self._lock, self.path)
         if not (self.path / RUN_FILE).exists():
             return False
         held = self.read().get("identity", {})
@@ -113,6 +114,10 @@ class RunFolder:
                 "--fresh moves it aside and starts anew"
             )
         return True
+
+    def _claim(self) -> None:
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
+        _lock_or_refuse(self._lock, self.path)
 
     def close(self) -> None:
         """Let other processes train in the folder."""

@@ -128,6 +128,7 @@ def test_command_writes_figures_table_and_csv(command: Command, tmp_path: Path, 
     assert table.loc["gpt2ish-s0", "loss_difference"] == 0
     assert "single seed, no claim" in done.stdout
     assert "-0.1250" in done.stdout
+    assert "ue-s0 ends 0.1250 nats per token below gpt2ish-s0 (better" in done.stdout
 
 
 def test_runs_of_different_plans_are_kept_apart(command: Command, tmp_path: Path) -> None:

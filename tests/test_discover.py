@@ -72,7 +72,7 @@ def test_own_folder_path_variant_and_environment(tmp_path: Path, monkeypatch: py
 def test_the_same_name_twice_names_both_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "experiments", "again.py", renamed("ue"))
-    with pytest.raises(LmplayError) as error:
+    with pytest.raises(LmplayError, match="two places") as error:
         discover.find("ue")
     assert str(path) in str(error.value)
     assert str(ROOT / "experiments" / "ue.py") in str(error.value)
@@ -123,6 +123,12 @@ def test_config_takes_plan_then_variant_then_overrides() -> None:
         with pytest.raises(LmplayError) as error:
             experiment.config({}, override)
         assert says in str(error.value)
+
+
+def test_describe_needs_no_hub(command: Command) -> None:
+    done = command("lmp_trainer", "--exp", "gpt2ish_tiny", "--describe", "--training-plan", "tinystories")
+    assert done.returncode == 0, done.stderr
+    assert "vocab_size = 50257" in done.stdout
 
 
 def test_describe(command: Command) -> None:

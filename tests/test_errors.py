@@ -155,6 +155,25 @@ def test_bad_settings(command: Command, arguments: tuple[str, ...], says: str) -
     one_line(command("lmp_trainer", "--training-plan", "smoke", *arguments), says)
 
 
+def test_without_a_plan_the_one_for_this_machine_is_taken_and_said(command: Command) -> None:
+    done = command("lmp_trainer", "--exp", "gpt2ish_tiny", "--describe")
+    assert done.returncode == 0, done.stderr
+    name = "default" if torch.cuda.is_available() or torch.backends.mps.is_available() else "laptop"
+    assert f"training plan: {name}" in done.stdout
+
+
+def test_amp_says_when_the_hardware_has_none(command: Command, tmp_path: Path) -> None:
+    from lmplay.devices import pick_precision
+
+    write_plan(tmp_path)
+    done = command("lmp_trainer", "--training-plan", "tiny.json", "--amp", "--steps", "2", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    native = pick_precision(torch.device("cpu"), amp=True).name == "bf16"
+    assert ("float32 is used" in done.stdout) != native
+    (folder,) = (tmp_path / "gpt_out" / "tiny").iterdir()
+    assert folder.name == ("gpt2ish-2steps-bf16-s0" if native else "gpt2ish-2steps-s0")
+
+
 def test_usage_errors_have_their_own_status(command: Command) -> None:
     for arguments in (("--steps", "0"), ("--minutes", "soon"), ("--no-such-flag",)):
         assert command("lmp_trainer", *arguments).returncode == 2

@@ -15,10 +15,19 @@ import pandas as pd
 import pytest
 import torch
 from conftest import call_command, run_command, write_plan
+from rich.console import Console
 
 from lmplay import checkpoint
 from lmplay.compare import read_curve
+from lmplay.data.shards import prepare
+from lmplay.devices import Precision
+from lmplay.discover import find, load
+from lmplay.errors import NotFiniteError
+from lmplay.plan import load_plan
+from lmplay.report import Report
+from lmplay.runs import RunFolder
 from lmplay.stats import CLOCK_COLUMNS
+from lmplay.trainer import Options, Trainer
 
 TRAIN = [sys.executable, "-m", "lmplay.cli.trainer"]
 
@@ -206,3 +215,55 @@ def test_uncommitted_changes_are_kept_or_refused(tmp_path: Path) -> None:
     diff = (only_run(tmp_path) / "uncommitted.diff").read_text()
     assert "tiny.json" in diff
     assert "untracked: data.jsonl" in diff
+
+
+def trainer_of(tmp_path: Path, precision: str) -> Trainer:
+    """A Trainer on the tiny plan, as the command makes it, with a precision that this machine may not offer."""
+    plan = load_plan(write_plan(tmp_path))
+    prepared = prepare(plan, lambda what, done: None)
+    experiment = load(*find("gpt2ish"))
+    config, _ = experiment.config({**plan.sizes(), "vocab_size": prepared.tokenizer.vocab_size}, {})
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    made = Trainer(
+        plan, prepared, experiment.runner(config), 0, torch.device("cpu"), Precision(precision), run,
+        Report(Console(quiet=True)), Options(),
+    )  # fmt: skip
+    made.prepare(8, {"flops_per_token": 1.0})
+    return made
+
+
+def test_fp16_scales_the_loss_and_not_the_result(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    half, full = (trainer_of(tmp_path / n, p) for n, p in (("a", "fp16"), ("b", "fp32")))
+    assert half.loss_scale > 1
+    summaries = [t.train() for t in (half, full)]
+    assert summaries[0]["val_loss"] == pytest.approx(summaries[1]["val_loss"], rel=2e-3)
+
+
+def test_fp16_halves_a_scale_that_is_too_large_and_stops_at_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "fp16")
+    assert trainer.may_update(1.0, 2.0)
+    before = trainer.loss_scale
+    assert not trainer.may_update(1.0, float("inf"))
+    assert trainer.loss_scale == before / 2
+    with pytest.raises(NotFiniteError):
+        trainer.may_update(float("nan"), 1.0)
+
+
+def test_two_processes_share_a_batch(tmp_path: Path) -> None:
+    """The gradients of rank 0 and 1 of 2, each divided by the global count, add up to one process's."""
+    trainer = trainer_of(tmp_path, "fp32")
+    trainer.model.eval()  # no dropout
+    stream = trainer.streams[0]
+    total = stream.batch(0, 8).n_tokens
+    trainer.global_sum = lambda count: total  # type: ignore[method-assign]
+    gradients = []
+    for parts in ([(0, 1)], [(0, 2), (1, 2)]):
+        trainer.model.zero_grad(set_to_none=True)
+        for rank, world in parts:
+            trainer.accumulate(stream.batch(0, 8, rank, world))
+        gradients.append([p.grad.clone() for p in trainer.model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

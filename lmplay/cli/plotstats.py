@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import LmplayError
 from . import ending
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
 
 EPILOG = """Figures go to --out: log_loss, log_accuracy, log_bpb, and log_diff_* against the baseline,
 which is the run of gpt2ish in the same plan, or the run that --target names. Runs of different plans
@@ -90,6 +95,8 @@ def command(args: argparse.Namespace) -> int:
         table = final_table(group, partner)
         tables.append(table)
         show(table, plan, console)
+        for sentence in sentences(table):
+            print(sentence)
         if note := seeds_note(group):
             print(note)
         if baseline is None:
@@ -105,14 +112,22 @@ def command(args: argparse.Namespace) -> int:
     return 0
 
 
-def show(table: object, plan: str, console: object) -> None:
+def sentences(table: pd.DataFrame) -> list[str]:
+    """What the difference figures end with, in words."""
+    said = []
+    for row in table.to_dict("records"):
+        delta, to = row.get("loss_difference"), row.get("to")
+        if isinstance(delta, float) and delta == delta and to != row["run"]:
+            where = "below" if delta < 0 else "above"
+            judged = "better" if delta < 0 else "worse"
+            said.append(f"{row['run']} ends {abs(delta):.4f} nats per token {where} {to} ({judged} by so much)")
+    return said
+
+
+def show(table: pd.DataFrame, plan: str, console: Console) -> None:
     """The final figures as a table on the terminal, in whole lines where there is none."""
-    import pandas as pd
-    from rich.console import Console
     from rich.table import Table
 
-    assert isinstance(table, pd.DataFrame)
-    assert isinstance(console, Console)
     drawn = Table(title=plan, title_justify="left", box=None, pad_edge=False)
     for column in table.columns[1:]:
         drawn.add_column(column.replace("_", " "), justify="left" if column in ("run", "to") else "right")

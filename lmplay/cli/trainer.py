@@ -167,7 +167,7 @@ def train(
     import torch
 
     from .. import __version__
-    from ..data.shards import prepare
+    from ..data.shards import prepare, vocab_size
     from ..devices import describe_device, pick_device, pick_precision
     from ..report import Report
     from ..runs import RunFolder, folder_name, git_state, identity
@@ -185,9 +185,12 @@ def train(
         raise LmplayError("--no-dirty: the tree has uncommitted changes (git status shows them); commit or stash them")
 
     with report:
-        prepared = prepare(plan, report.preparing)
-    sizes = {**plan.sizes(), "vocab_size": prepared.tokenizer.vocab_size}
-    config, without = experiment.config(sizes, overrides)
+        if args.describe:  # sizes are known without the data, which may be on a hub that is out of reach
+            vocab = vocab_size(plan, report.preparing)
+        else:
+            prepared = prepare(plan, report.preparing)
+            vocab = prepared.tokenizer.vocab_size
+    config, without = experiment.config({**plan.sizes(), "vocab_size": vocab}, overrides)
     if without:
         report.note(f"{experiment.variant} has no {', '.join(without)}: the plan's is not used")
     runner = experiment.runner(config)

@@ -88,6 +88,15 @@ def prepare(plan: Plan, progress: Progress) -> Prepared:
     return Prepared(tokenizer, tokens)
 
 
+def vocab_size(plan: Plan, progress: Progress) -> int:
+    """How many ids the plan's tokenizer has, without its data where that can be told beforehand."""
+    if isinstance(plan.tokenizer, BpeTokenizer):
+        return plan.tokenizer.vocab_size
+    if isinstance(plan.tokenizer, CharsTokenizer):
+        return prepare(plan, progress).tokenizer.vocab_size
+    return _tokenizer(plan.tokenizer, [], plan.validation.fraction, progress).vocab_size
+
+
 def _tokenizer(
     spec: BytesTokenizer | CharsTokenizer | TiktokenTokenizer | BpeTokenizer,
     sources: list[Source],

@@ -1,0 +1,164 @@
+"""Every command of the README runs as printed, and a wheel works in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def fenced(text: str) -> list[tuple[str, list[str]]]:
+    """The README's code blocks: their language ("" for none) and their lines without indentation."""
+    blocks: list[tuple[str, list[str]]] = []
+    inside = False
+    for line in text.splitlines():
+        if line.strip().startswith("```"):
+            if not inside:
+                blocks.append((line.strip().removeprefix("```"), []))
+            inside = not inside
+        elif inside:
+            blocks[-1][1].append(line)
+    assert not inside
+    return blocks
+
+
+BLOCKS = fenced(README)
+SHELL = [lines for language, lines in BLOCKS if not language and not lines[0].startswith("setup.py")]
+LINES = [line.strip() for lines in SHELL for line in lines if line.strip()]
+INSTALL = "pip install -c constraints.txt -e '.[bundled]'"
+COMMANDS = [line for line in LINES if line.startswith(("lmp_", "mkdir", "cp ", "python "))]
+NOT_HERE = {
+    "lmp_trainer --amp --device cuda --exp ue8x": "no such device",  # without a GPU: one clear line
+}
+
+
+def test_every_line_of_a_block_is_known_to_the_tests() -> None:
+    assert set(LINES) - set(COMMANDS) == {"make demo", "make test", INSTALL}
+    assert len(COMMANDS) > 20
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert f"\n{target}:" in makefile
+
+
+def test_json_of_the_readme_is_a_plan() -> None:
+    from lmplay.plan import parse_plan
+
+    (block,) = (lines for language, lines in BLOCKS if language == "json")
+    parse_plan(json.loads("\n".join(block)), "README.md")
+
+
+def test_commands_run_as_printed_in_their_order(tmp_path: Path) -> None:
+    """In a folder like a fresh clone: the tree's experiments, no runs. `my_idea` gets the README's own change."""
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
+    bin_folder = Path(sys.executable).parent
+    env = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    env["PYTHONPATH"] = str(copy_of_package(tmp_path))
+    for line in COMMANDS:
+        words = line
+        if "--minutes 5" in line:  # a real run, shortened to what a test can wait for
+            words = line.replace("--minutes 5", "--minutes 0.02 --training-plan smoke")
+        done = subprocess.run(
+            shlex.split(words), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False
+        )
+        if line in NOT_HERE and done.returncode != 0:
+            assert NOT_HERE[line] in done.stderr
+            continue
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        if line.startswith("cp "):
+            change_as_told(tmp_path / "experiments" / "my_idea.py")
+    assert (tmp_path / "plots" / "log_diff_loss.png").exists()
+
+
+def copy_of_package(tmp_path: Path) -> Path:
+    """A clone's layout: the package beside the experiments that are copied, so that they are the shipped ones."""
+    for name in ("lmplay", "training_plans"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.py", tmp_path / "setup.py")
+    return tmp_path
+
+
+def change_as_told(path: Path) -> None:
+    """The README's python blocks, put where it says."""
+    activation, variants = ("\n".join(lines) for language, lines in BLOCKS if language == "python")
+    text = path.read_text()
+    before = "        return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)"
+    assert text.count(before) == 1
+    text = text.replace(before, "        " + activation.strip())
+    path.write_text(text[: text.index("VARIANTS")] + variants.strip() + "\n")
+
+
+def test_flags_of_the_readme_exist() -> None:
+    for line in COMMANDS:
+        if line.startswith("lmp_"):
+            name = line.split()[0].removeprefix("lmp_")
+            help_text = subprocess.run(
+                [sys.executable, "-m", f"lmplay.cli.{name}", "--help"], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in re.findall(r" (--[a-z-]+)", line):
+                assert flag in help_text, line
+
+
+def test_file_tree_names_every_module() -> None:
+    for path in (ROOT / "lmplay").glob("*.py"):
+        if path.name != "__init__.py":
+            assert f"  {path.name} " in README, path.name
+
+
+def test_pictures_and_links_exist() -> None:
+    for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_both_spellings_are_installed() -> None:
+    scripts = Path(sys.executable).parent
+    for name in ("lmp_trainer", "lmp-trainer", "lmp_plotstats", "lmp-plotstats", "lmp_generator", "lmp-generator"):
+        assert (scripts / name).exists(), name
+
+
+@pytest.mark.timeout(400)
+def test_a_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
+    """Built from the tree and unpacked elsewhere: experiments and plans travel with it."""
+    source = tmp_path / "source"
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in files:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
+    done = subprocess.run(build, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    shutil.unpack_archive(wheel, site, "zip")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    env = {**os.environ, "PYTHONPATH": str(site)}
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-P", "-m", f"lmplay.cli.{words[0]}", *words[1:]]
+        done = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = run("trainer", "--exp", "ue", "--describe", "--training-plan", "smoke")
+    assert f"file: {site}" in where
+    assert "value_norm" in run("trainer", "--exp", "list")
+    assert "laptop" in run("trainer", "--training-plan", "list")
+    assert "val_bpb:" in run("trainer", "--training-plan", "smoke", "--steps", "3")
+    assert run("generator", "The ", "--max-len", "3").startswith("The ")
+    run("plotstats")
+    assert (empty / "log_loss.png").exists()
+    schema = (site / "lmplay" / "shipped" / "training_plans" / "plan.schema.json").read_text()
+    assert "interleave" in schema
