@@ -82,7 +82,7 @@ def draw(
     if not lines:
         return False
     theme = THEMES[style.theme]
-    settings: dict[str, Any] = {
+    settings: Any = {
         "axes.facecolor": theme["ground"], "figure.facecolor": theme["ground"],
         "savefig.facecolor": theme["ground"],
         "text.color": theme["text"], "axes.labelcolor": theme["text"], "axes.edgecolor": theme["grid"],

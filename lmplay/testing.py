@@ -141,8 +141,8 @@ def check_deterministic(s: Subject) -> None:
     first, second = s.model(), s.model()
     for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b), f"{name} differs between two models of one seed"
-    a, b = (_gradients(s, m, [s.batch()]) for m in (first, second))
-    assert all(torch.equal(a[n], b[n]) for n in a), "gradients differ between two equal steps"
+    one, two = (_gradients(s, m, [s.batch()]) for m in (first, second))
+    assert all(torch.equal(one[n], two[n]) for n in one), "gradients differ between two equal steps"
     other = s.model(seed=1)
     assert any(not torch.equal(p, q) for p, q in zip(first.parameters(), other.parameters(), strict=True))
 
@@ -229,7 +229,7 @@ def check_learns(s: Subject) -> None:
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if name in grads:
-                    p -= 0.02 * grads[name].sign()
+                    p.sub_(0.02 * grads[name].sign())
     assert float(s.runner.step(model, batch).loss_sum.detach()) < first
 
 

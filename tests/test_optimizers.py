@@ -96,7 +96,7 @@ def test_row_adagrad_equals_torchs_adagrad() -> None:
     for step in range(5):
         rows = torch.tensor([[step % 6, 2, 2]])
         values = torch.full((3, 2), 1.5 + step)
-        a.grad = torch.sparse_coo_tensor(rows, values, (6, 2))
+        a.grad = torch.sparse_coo_tensor(rows, values, (6, 2), check_invariants=True)
         b.grad = a.grad.to_dense()
         ours.step()
         theirs.step()
