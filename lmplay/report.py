@@ -71,23 +71,25 @@ class Report:
 
     def preparing(self, what: str, done: int) -> None:
         """Data is being made ready; `done` documents so far."""
-        self._show(f"{what}: {done} documents" if done else f"{what} ...", 0.0)
+        self._show(f"{what}: {done} documents" if done else f"{what} ...", "", 0.0)
 
     def step(self, row: Mapping[str, float], progress: float, left: float, memory_mb: float) -> None:
         """One optimizer step is done. `progress` in [0, 1]; `left` seconds of training remain."""
         self._show(
             f"step {row['step']} · {count(row['tokens'])} tokens · loss {row['loss']:.3f}"
-            f" · bpb {row['bpb']:.3f} · lr {row['lr']:.2e} · {row['tokens_per_second']:,.0f} tokens/s"
-            f" · {duration(left)} left · {memory_mb:,.0f} MB",
+            f" · bpb {row['bpb']:.3f} · lr {row['lr']:.2e}",
+            f"{row['tokens_per_second']:,.0f} tokens/s · {duration(left)} left · {memory_mb:,.0f} MB",
             progress,
         )
 
-    def _show(self, text: str, progress: float) -> None:
+    def _show(self, first: str, second: str, progress: float) -> None:
+        """Two short lines beside the bar on a terminal, which may be narrow; one plain line now and then elsewhere."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=text, completed=progress)
+            self._progress.update(self._task, description=f"{first}\n{second}", completed=progress)
         elif time.monotonic() - self._last_plain >= PLAIN_SECONDS:
             self._last_plain = time.monotonic()
             share = f"{progress:4.0%} " if progress else ""
+            text = " · ".join(part for part in (first, second) if part)
             self.console.print(share + text, markup=False, highlight=False, soft_wrap=True)
 
     def validated(self, row: Mapping[str, float], sample: str) -> None:

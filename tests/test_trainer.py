@@ -54,7 +54,7 @@ def assert_equal_to_the_bit(a: Path, b: Path) -> None:
 
 def test_killed_at_random_moments_and_resumed_it_is_equal_to_the_bit(tmp_path: Path) -> None:
     """At least ten SIGKILLs in one run, wherever they fall: between steps, in a save, in validation."""
-    steps = 240
+    steps = 400
     changes = {"steps": [{"datasets": ["words"], "steps": steps}], "optimizer": {"name": "adamw", "lr": 1e-3}}
     folders = [tmp_path / n for n in ("whole", "killed")]
     for folder in folders:
