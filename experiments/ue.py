@@ -20,6 +20,8 @@ Training-only parameters: V m D for the table, m k D² + k D² for the network. 
 is 309 M and 5.3 M, beside the baseline's 120 M.
 
 The claim (to be tested): 6 blocks with UE beat 12 without; wider is better.
+Result so far: on the plan laptop worse than gpt2ish by .108 and .136 nats per token (seeds 0 and 1, 2026-11-22,
+lmp_trainer --exp ue --training-plan laptop).
 Source: https://github.com/jmward01/lmplay (unified embeddings 1.0 to 1.4).
 """
 
@@ -247,8 +249,13 @@ VARIANTS: dict[str, dict] = {
     "ue4x_64": {"front_embed_mul": 4.0, "mid_mul": 64.0},
     "ue8x_32": {"front_embed_mul": 8.0, "mid_mul": 32.0},
     "ue16x_4": {"front_embed_mul": 16.0, "mid_mul": 4.0},
+    "ue1x_value_norm": {"front_embed_mul": 1.0, "value_norm": True},
+    "ue4x_value_norm": {"front_embed_mul": 4.0, "value_norm": True},
     "ue8x_value_norm": {"front_embed_mul": 8.0, "value_norm": True},
     "ue16x_value_norm": {"front_embed_mul": 16.0, "value_norm": True},
+    "ue4x_64_value_norm": {"front_embed_mul": 4.0, "mid_mul": 64.0, "value_norm": True},
+    "ue8x_32_value_norm": {"front_embed_mul": 8.0, "mid_mul": 32.0, "value_norm": True},
+    "ue16x_4_value_norm": {"front_embed_mul": 16.0, "mid_mul": 4.0, "value_norm": True},
     "ue_positions": {"unify": "positions"},
     "ue8x_cpu": {"front_embed_mul": 8.0, "front_on_cpu": True},
 }

@@ -209,8 +209,10 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor, chunk
         Sums over the counted tokens. Under autocast the products run in its type, the loss in float32.
         A hit is a target whose logit no other exceeds.
     """
-    weight = head.weight
-    bias = head.bias
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    if not torch.is_grad_enabled():  # a Function sees requires_grad also then, and would compute gradients
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     if chunk is None:
         chunk = max(64, CHUNK_BYTES // (4 * weight.shape[0]))
     flat = targets.reshape(-1)

@@ -94,10 +94,12 @@ def save(
             manifest[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
         write_json(temporary / MANIFEST, manifest)
         _sync_folder(temporary)
+        replaced = folder / f".{step:09d}.replaced.tmp"
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         temporary.rename(final)
         _sync_folder(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in _numbered(folder)[:-keep]:
             shutil.rmtree(old)
     except (OSError, safetensors.SafetensorError) as e:

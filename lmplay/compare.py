@@ -40,6 +40,10 @@ class Curve:
         return self.run.get("identity", {}).get("seed")
 
     @property
+    def precision(self) -> str | None:
+        return self.run.get("identity", {}).get("precision")
+
+    @property
     def arena(self) -> tuple[str, str]:
         return self.plan, self.fingerprint
 
@@ -155,7 +159,8 @@ def partners(curves: Sequence[Curve], baseline: Curve | None, target: str | None
     """For each curve (by its path) the curve that its difference is taken to.
 
     Runs of one seed start their shared modules from the same numbers, so a run is compared with the
-    baseline's run of its own seed where there is one; a run that `target` names is the partner of all.
+    baseline's run of its own seed, and of its own precision where there is one. A run that `target` names
+    is the partner of all.
     """
     if baseline is None:
         return {}
@@ -163,8 +168,14 @@ def partners(curves: Sequence[Curve], baseline: Curve | None, target: str | None
     peers = [
         c for c in curves if c.variant == baseline.variant and c.run.get("overrides") == baseline.run.get("overrides")
     ]
-    by_seed = {} if fixed else {c.seed: c for c in peers}
-    return {c.path: by_seed.get(c.seed, baseline) for c in curves}
+    if fixed:
+        return {c.path: baseline for c in curves}
+    partner = {}
+    for curve in curves:
+        same_seed = [c for c in peers if c.seed == curve.seed]
+        same_precision = [c for c in same_seed if c.precision == curve.precision]
+        partner[curve.path] = next(iter([*same_precision, *same_seed]), baseline)
+    return partner
 
 
 def series(curve: Curve, x: str, metric: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -42,7 +42,7 @@ class Source:
 
     @property
     def idea(self) -> str:
-        return self.path.stem
+        return self.path.parent.name if self.path.name == "__init__.py" else self.path.stem
 
     @property
     def summary(self) -> str:
@@ -103,7 +103,7 @@ def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> S
     try:
         variants = ast.literal_eval(names["VARIANTS"])
         baseline = ast.literal_eval(names["BASELINE"])
-    except ValueError:
+    except (ValueError, TypeError):
         return Source(path, origin, doc, broken="VARIANTS and BASELINE must be written out, without computing")
     if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
         return Source(path, origin, doc, broken="VARIANTS must map names to dicts of Config fields")
@@ -148,9 +148,14 @@ def list_sources() -> list[Source]:
         files += sorted(folder.glob("*/__init__.py"))
         found += [read_source(p, origin, api_names) for p in files]
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        spec = importlib.util.find_spec(entry.value)
+        origin = f"entry point {entry.name}"
+        try:
+            spec = importlib.util.find_spec(entry.value)
+        except (ImportError, ValueError) as e:
+            found.append(Source(Path(entry.value), origin, broken=f"{entry.value} cannot be found: {e}"))
+            continue
         path = Path(spec.origin) if spec and spec.origin else Path(entry.value)
-        found.append(read_source(path, f"entry point {entry.name}", api_names))
+        found.append(read_source(path, origin, api_names))
     return found
 
 
@@ -220,9 +225,19 @@ class Experiment:
                 raise LmplayError(f"--set {key}: {self.variant} has no such field{nearest(key, fields)}")
         parsed = {k: _parse(self.config_type, k, v) for k, v in overrides.items()}
         try:
-            return self.config_type(**{**sizes, **self.source.variants[self.variant], **parsed}), without
-        except ValueError as e:
+            config = self.config_type(**{**sizes, **self.source.variants[self.variant], **parsed})
+        except (ValueError, TypeError, ArithmeticError) as e:
             raise LmplayError(f"{self.variant}: these settings do not go together: {e}") from e
+        for key in ("num_blocks", "embed_dim", "num_heads", "num_kv_heads", "max_len", "vocab_size"):
+            if getattr(config, key, 1) < 1:
+                raise LmplayError(f"{self.variant}: {key} must be 1 or more, not {getattr(config, key)}")
+        for key in ("max_len", "vocab_size"):  # they decide which tokens are read, and that is the plan's
+            if key in sizes and getattr(config, key) != sizes[key]:
+                raise LmplayError(
+                    f"{self.variant}: {key} is the plan's ({sizes[key]}), not {getattr(config, key)}: "
+                    "runs of a plan read the same tokens; copy the plan to change it"
+                )
+        return config, without
 
     def runner(self, config: Any) -> ModelRunner:
         return self.module.Runner(config)

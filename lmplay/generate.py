@@ -83,7 +83,8 @@ def generate(
         prompt = [eot or 0]
     was_training = model.training
     model.eval()
-    device = next(p for n, p in model.named_parameters() if n.startswith("head")).device
+    weight = getattr(getattr(model, "head", None), "weight", None)
+    device = (weight if isinstance(weight, Tensor) else list(model.parameters())[-1]).device
     generator = torch.Generator().manual_seed(seed)
     context = torch.tensor(prompt, device=device).repeat(num_samples, 1)
     seen = torch.zeros(num_samples, vocab_size, dtype=torch.bool, device=device)

@@ -107,9 +107,11 @@ class Optimizers:
         self.parts: list[torch.optim.Optimizer] = []
         dense: list[dict[str, Any]] = []
         sparse: list[dict[str, Any]] = []
-        for group in groups:
+        for group in _for_muon(groups) if spec.name == "muon" else groups:
             role = group.get("role", "matrix")
             matrix = spec.name == "muon" and role == "matrix" and all(p.ndim == 2 for p in group["params"])
+            if spec.name == "muon" and role == "matrix" and not matrix:
+                self.notes.append("AdamW for matrices that are not two-dimensional: Muon does not take them")
             base = spec.other_lr if spec.name == "muon" and not matrix else spec.lr
             entry = {
                 "params": group["params"],
@@ -137,7 +139,8 @@ class Optimizers:
         if exact:
             self.notes.append("sparse update of looked-up rows: exact for this optimizer")
         elif spec.lazy and spec.name in ("adagrad", "adam", "adamw"):
-            self.notes.append(f"lazy: {spec.name} updates looked-up rows only, which differs from the dense update")
+            note = f"lazy: {spec.name} updates looked-up rows only, without weight decay; the dense update differs"
+            self.notes.append(note)
             return True
         elif spec.lazy:
             raise LmplayError(f"optimizer: lazy goes with adagrad, adam and adamw, not with {spec.name}")
@@ -160,6 +163,15 @@ class Optimizers:
             for group in part.param_groups:
                 group["lr"] = group["base_lr"] * value
         return self.parts[0].param_groups[0]["lr"]
+
+    def change_rates(self, spec: OptimizerSpec) -> None:
+        """Go on with the learning rates of `spec`, which differs in nothing else."""
+        for part in self.parts:
+            other = self.spec.name == "muon" and not isinstance(part, torch.optim.Muon)
+            ratio = spec.other_lr / self.spec.other_lr if other else spec.lr / self.spec.lr
+            for group in part.param_groups:
+                group["base_lr"] *= ratio
+        self.spec = spec
 
     def compact(self) -> None:
         """Sum repeated rows of sparse gradients once they have doubled: accumulating would only list them."""
@@ -230,6 +242,17 @@ class Optimizers:
             content = part.state_dict()
             content["state"] = {i: states[names[id(p)]] for i, p in enumerate(params) if names[id(p)] in states}
             part.load_state_dict(content)
+            if isinstance(part, torch.optim.SparseAdam):  # it counts in Python's int, and computes with it
+                for state in part.state.values():
+                    state["step"] = int(state["step"])
+
+
+def _for_muon(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups with two-dimensional parameters and others apart."""
+    split = [
+        {**g, "params": [p for p in g["params"] if (p.ndim == 2) is flat]} for g in groups for flat in (True, False)
+    ]
+    return [g for g in split if g["params"]]
 
 
 def _without(group: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from .api import Batch, ModelRunner
 from .data.packing import Arrays
 from .devices import Precision
+from .errors import LmplayError
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -114,30 +115,38 @@ def find_mini_batch(
 
     Args:
         trial: runs forward and backward on that many sequences.
+
+    Raises:
+        LmplayError: not even one sequence fits.
     """
     sizes = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
     if device.type == "cpu":
         sizes = [n for n in sizes if n == 1 or n * length <= 16384]
-    best, best_rate, slower, began = sizes[0], 0.0, 0, time.perf_counter()
+    best, best_rate, slower, spent = 0, 0.0, 0, 0.0
     with _undisturbed(model, device):
         for size in sizes:
             try:
-                trial(size)  # the first meets cold memory
+                trial(size)  # the first meets cold memory, and may compile
                 rate = 0.0
                 for _ in range(2):
+                    model.zero_grad(set_to_none=True)  # sparse gradients would grow from trial to trial
                     start = time.perf_counter()
                     trial(size)
                     if device.type == "cuda":
                         torch.cuda.synchronize()
-                    rate = max(rate, size / (time.perf_counter() - start))
-            except torch.OutOfMemoryError:
+                    seconds_taken = time.perf_counter() - start
+                    rate, spent = max(rate, size / seconds_taken), spent + seconds_taken
+            except torch.OutOfMemoryError as e:
+                model.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
+                if not best:
+                    raise LmplayError("not even one sequence fits into the device's memory: a smaller model?") from e
                 break
             # A larger one must be clearly faster: it costs memory.
             slower = 0 if rate > best_rate else slower + 1
             if rate > 1.02 * best_rate:
                 best, best_rate = size, rate
-            if slower == 2 or time.perf_counter() - began > seconds:
+            if slower == 2 or spent > seconds:
                 break
     return best
 

@@ -7,12 +7,12 @@ command again resumes it, a different run that would land in the same folder is 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from . import tokenizers
 from .checkpoint import Checkpoint, newest, write_json
 from .discover import Experiment, find, load
 from .errors import LmplayError
-from .plan import Plan, parse_plan
+from .plan import Plan
 
 RUN_FILE = "run.json"
 MOVED = "~"  # marks a run that --fresh moved aside
@@ -105,6 +105,10 @@ class RunFolder:
         except OSError as e:
             raise LmplayError(f"{self.path}: this folder cannot be written: {e.strerror}") from e
         if not (self.path / RUN_FILE).exists():
+            if self.checkpoints.exists():
+                raise LmplayError(
+                    f"{self.path} holds checkpoints of an unknown run (no {RUN_FILE}); --fresh moves it aside"
+                )
             return False
         held = self.read().get("identity", {})
         differs = [k for k in wanted if held.get(k) != json.loads(json.dumps(wanted[k]))]
@@ -160,18 +164,11 @@ class RunFolder:
             raise LmplayError(f"{self.path}: the copy of the experiment's source is missing")
         return load(*find(f"{copies[0]}:{content['identity']['variant']}"))
 
-    def plan(self) -> Plan:
-        return parse_plan(self.read()["plan"], str(self.path / RUN_FILE))
-
     def newest(self, say: Any) -> Checkpoint | None:
         return newest(self.checkpoints, say)
 
 
 def _lock_or_refuse(file: IO[str], path: Path) -> None:
-    if sys.platform == "win32":  # no flock; two processes in one folder are not noticed there
-        return
-    import fcntl
-
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
@@ -192,7 +189,9 @@ def git_state(folder: Path) -> tuple[str | None, str | None]:
 
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["git", *args], cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False
+            )
         except OSError:
             return None
         return done.stdout if done.returncode == 0 else None

@@ -27,7 +27,13 @@ class Curve:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def cut(self, size: int) -> None:
-        """Drop everything after the first `size` bytes."""
+        """Drop everything after the first `size` bytes.
+
+        Raises:
+            LmplayError: there are fewer: rows are missing.
+        """
+        if self.size < size:
+            raise LmplayError(f"{self.path}: rows are missing that the checkpoint knows of; --fresh starts anew")
         if self.size > size:
             os.truncate(self.path, size)
         if self.size:
@@ -35,6 +41,12 @@ class Curve:
                 header = file.readline().strip()
             if header:
                 self.columns = header.split(",")
+
+    def sync(self) -> None:
+        """Put what was written on the disk."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
 
     def append(self, row: Mapping[str, float]) -> None:
         """Write one row, whole.

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -48,7 +48,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is carried out; none of it changes what is computed, but for rounding."""
+    """How a run is carried out. It changes rounding, and what dropout draws when compiled; nothing else."""
 
     compile_model: bool = False
     save_minutes: float = 5.0
@@ -99,6 +99,7 @@ class Trainer:
         self.stop_signal: int | None = None
         self.last_saved = time.monotonic()
         self.last_checkpoint = "none yet"
+        self.saved_place: Place | None = None
         torch.manual_seed(probe.seed_of(seed, "training"))
 
     # ---------------------------------------------------------------- the loop
@@ -142,7 +143,7 @@ class Trainer:
 
         Returns the sums over the batch: loss in nats, hits, and the experiment's own curves as means.
         """
-        total = self.global_sum(arrays.n_tokens)
+        total = max(1, self.global_sum(arrays.n_tokens))
         size, mini = len(arrays.ids), self.mini_batch_size
         loss = torch.zeros((), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -226,7 +227,11 @@ class Trainer:
         p.plan_step, p.index, p.step_seconds = p.plan_step + 1, 0, 0.0
         if p.plan_step < len(self.plan.steps):
             self.report.note(f"plan step {self.current.step_name} begins")
-            if self.plan.optimizer_of(self.current) != before:
+            after = self.plan.optimizer_of(self.current)
+            if after == before.model_copy(update={"lr": after.lr, "other_lr": after.other_lr}):
+                self.optimizers.change_rates(after)  # its state goes on
+            else:
+                self.report.note(f"a new optimizer begins: {after.name}")
                 self.optimizers = self._make_optimizers()
 
     def due(self) -> bool:
@@ -337,16 +342,12 @@ class Trainer:
         """
         arrays = self.streams[0].batch(0, self.batch_size, self.rank, self.world)
         self.model.train()
-        if "flops_per_token" in known:
-            self.flops_per_token = float(known["flops_per_token"])
-        else:
-            with probe.autocast(self.device, self.precision):
-                one = probe.to_batch(arrays, slice(0, 1), self.device)
-                self.flops_per_token = probe.count_flops(self.runner, self.model, one)
         kept = known.get("mini_batch_size")
         self.mini_batch_size = mini_batch_size or kept or 0
         if kept and mini_batch_size and kept != mini_batch_size:
-            self.report.note(f"mini-batch {mini_batch_size} instead of {kept}: equal but for rounding")
+            self.report.note(
+                f"mini-batch {mini_batch_size} instead of {kept}: equal but for rounding and dropout's draws"
+            )
         if not self.mini_batch_size:
             self.report.note("looking for the fastest mini-batch size ...")
 
@@ -357,6 +358,12 @@ class Trainer:
 
             self.mini_batch_size = probe.find_mini_batch(trial, self.model, self.device, len(arrays.ids), self.length)
             self.report.note(f"mini-batch size {self.mini_batch_size} of {self.batch_size} is the fastest here")
+        if "flops_per_token" in known:
+            self.flops_per_token = float(known["flops_per_token"])
+        else:  # at the mini-batch's size: what is shared by a mini-batch, as UE's distinct tokens, counts so
+            with probe.autocast(self.device, self.precision):
+                some = probe.to_batch(arrays, slice(0, self.mini_batch_size), self.device)
+                self.flops_per_token = probe.count_flops(self.runner, self.model, some)
         return {"flops_per_token": self.flops_per_token, "mini_batch_size": self.mini_batch_size}
 
     def _make_optimizers(self) -> Optimizers:
@@ -370,7 +377,11 @@ class Trainer:
     # ---------------------------------------------------------------- saving and stopping
 
     def save(self) -> None:
-        """Write a checkpoint of everything that a resume needs."""
+        """Write a checkpoint of everything that a resume needs, unless this very place is saved."""
+        if self.place == self.saved_place:
+            return
+        self.train_curve.sync()
+        self.validate_curve.sync()
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -388,6 +399,7 @@ class Trainer:
         path = checkpoint.save(self.run.checkpoints, self.place.step, tensors, state, self.options.keep)
         self.last_checkpoint = str(path)
         self.last_saved = time.monotonic()
+        self.saved_place = replace(self.place)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint that verifies; False where there is none.
@@ -412,6 +424,7 @@ class Trainer:
         self.train_curve.cut(found.state["train_bytes"])
         self.validate_curve.cut(found.state["validate_bytes"])
         self.last_checkpoint = str(found.path)
+        self.saved_place = replace(self.place)
         return True
 
     @contextmanager

@@ -159,6 +159,8 @@ def test_columns_make_pieces_that_count_or_do_not() -> None:
     assert of(row, Columns(text="text", title="title")) == [("head\n\nbody", True)]
     assert of(row, Columns(prompt="q", truth="a")) == [("What?\n\n", False), ("That.", True)]
     assert of(row, Columns(prompt="q", truth="a", prompt_loss=True))[0][1] is True
+    assert of({"text": None}, Columns(text="text")) == []
+    assert of({"q": "What?", "a": None}, Columns(prompt="q", truth="a")) == []
     chat = of(row, Columns(messages="m"))
     assert [text for text, counted in chat if counted] == ["ho\n\n"]
 

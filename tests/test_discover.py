@@ -119,9 +119,12 @@ def test_config_takes_plan_then_variant_then_overrides() -> None:
         ({"num_block": "3"}, "did you mean num_blocks"),
         ({"num_blocks": "many"}, "num_blocks=many"),
         ({"num_heads": "7"}, "not a multiple"),
+        ({"num_heads": "0"}, "do not go together"),
+        ({"num_blocks": "0"}, "1 or more"),
+        ({"vocab_size": "100"}, "the plan's (300)"),
     ):
         with pytest.raises(LmplayError) as error:
-            experiment.config({}, override)
+            experiment.config({"vocab_size": 300}, override)
         assert says in str(error.value)
 
 

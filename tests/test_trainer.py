@@ -175,6 +175,24 @@ def test_steps_of_a_plan_follow_each_other_with_their_own_optimizers(tmp_path: P
     assert "plan step third begins" in done.stdout
 
 
+def test_a_tied_model_trains_and_generates(tmp_path: Path) -> None:
+    write_plan(tmp_path)
+    arguments = ("--training-plan", "tiny.json", "--set", "tied=true", "--set", "head_bias=false", "--steps", "2")
+    assert call_command("lmp_trainer", *arguments, cwd=tmp_path).returncode == 0
+    assert call_command("lmp_generator", "x" * 300, "--max-len", "2", cwd=tmp_path).returncode == 0
+
+
+def test_compiled_training_runs(tmp_path: Path) -> None:
+    write_plan(tmp_path, model={"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "max_len": 32, "dropout": 0.0})
+    arguments = ("--training-plan", "tiny.json", "--mini-batch-size", "8", "--steps", "2")
+    losses = []
+    for extra in ((), ("--compile-model", "--fresh")):
+        assert call_command("lmp_trainer", *arguments, *extra, cwd=tmp_path).returncode == 0
+        losses.append(read_curve(tmp_path / "gpt_out/tiny/gpt2ish-2steps-s0/train.csv")["loss"])
+    assert (losses[0] - losses[1]).abs().max() < 1e-4
+    torch.compiler.reset()
+
+
 def test_minutes_are_a_budget(tmp_path: Path) -> None:
     write_plan(tmp_path)
     done = call_command("lmp_trainer", "--training-plan", "tiny.json", "--minutes", "0.03", cwd=tmp_path)

@@ -16,9 +16,12 @@ def ending(command: str, body: Callable[[], int]) -> int:
     except LmplayError as e:
         print(f"{command}: {e}", file=sys.stderr)
         return e.exit_status
-    except KeyboardInterrupt:
-        print(f"{command}: interrupted; the same command starts again from what is finished", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of a pipe, head say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as e:  # a full disk, a file without permission: of the machine, and its message says what
+        print(f"{command}: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted; the same command starts again from what is finished", file=sys.stderr)
+        return 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,22 +93,20 @@ def is_pickle(path: Path) -> bool:
 
 
 def command(args: argparse.Namespace) -> int:
+    from ..devices import tune_memory
+
+    tune_memory()  # before torch is imported
     from ..generate import Sampling, TextStream, generate
 
     how = Sampling(args.do_sample, args.temperature, args.top_k, args.top_p, args.repetition_penalty)
-    prompt_file = Path(args.prompt)
-    try:
-        prompt = prompt_file.read_text(encoding="utf-8") if prompt_file.is_file() else args.prompt
-    except (OSError, UnicodeDecodeError) as e:
-        if isinstance(e, OSError) and not prompt_file.exists():
-            prompt = args.prompt  # too long to be a file's name
-        else:
+    prompt = args.prompt
+    if os.path.isfile(prompt):  # False also for what is too long to be a name
+        try:
+            prompt = Path(prompt).read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
             raise LmplayError(f"{args.prompt}: it cannot be read as text: {e}") from e
     run, found = locate(args.model, args.out)
 
-    from ..devices import tune_memory
-
-    tune_memory()
     from .. import checkpoint, probe
     from ..devices import pick_device
 

@@ -12,6 +12,7 @@ from ..errors import LmplayError
 from . import ending
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from ..discover import Experiment
@@ -146,16 +147,13 @@ def escape(text: str) -> str:
     return rich_escape(text)
 
 
-def choose_plan(name: str | None, report: Report) -> tuple[str, Plan]:
-    """The plan asked for; without one, what suits the machine, and it is said."""
-    import torch
-
+def choose_plan(name: str | None, device: torch.device, report: Report) -> tuple[str, Plan]:
+    """The plan asked for; without one, what suits the device, and it is said."""
     from ..plan import find_plan, load_plan
 
     if name is None:
-        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-        name = "default" if accelerated else "laptop"
-        reason = "a GPU is here" if accelerated else "no GPU is here"
+        name = "laptop" if device.type == "cpu" else "default"
+        reason = "no GPU is used" if device.type == "cpu" else "a GPU is used"
         report.note(f"training plan: {name} ({reason}; --training-plan list shows the others)")
     path = find_plan(name)
     return path.stem, load_plan(path)
@@ -178,9 +176,11 @@ def train(
     precision = pick_precision(device, args.amp)
     if precision.note:
         report.note(precision.note)
-    plan_name, plan = choose_plan(args.training_plan, report)
+    plan_name, plan = choose_plan(args.training_plan, device, report)
     plan = plan.with_budget(args.tokens, args.steps, args.minutes)
     commit, diff = git_state(Path.cwd())
+    if args.no_dirty and commit is None:
+        raise LmplayError("--no-dirty: there is no git commit here that the tree could be compared with")
     if args.no_dirty and diff:
         raise LmplayError("--no-dirty: the tree has uncommitted changes (git status shows them); commit or stash them")
 
@@ -212,7 +212,7 @@ def train(
     options = Options(args.compile_model, args.save_minutes)
     if args.check_grads or args.profile:
         trainer = Trainer(plan, prepared, runner, seed, device, precision, run, report, options)
-        return check_grads(trainer, console) if args.check_grads else profile(trainer, args, console)
+        return check_grads(trainer) if args.check_grads else profile(trainer, args, console)
 
     try:
         exists = run.open(wanted, args.fresh)
@@ -242,6 +242,7 @@ def train(
                         "python": sys.version.split()[0],
                     },
                     "threads": torch.get_num_threads(),
+                    "compiled": args.compile_model,
                     "git": {"commit": commit, "dirty": bool(diff)},
                 },
                 experiment,
@@ -251,12 +252,18 @@ def train(
                 (run.path / "uncommitted.diff").write_text(diff, encoding="utf-8")
         elif known.get("threads") != torch.get_num_threads():
             report.note(f"this run began with {known.get('threads')} threads: equal from here on but for rounding")
+        if exists and known.get("compiled") != args.compile_model:
+            report.note("this run began " + ("compiled" if known.get("compiled") else "without --compile-model"))
         if trainer.resume():
             report.note(f"resuming {run.path} at step {trainer.place.step}, {trainer.place.tokens} tokens")
         with report:
             run.update(**trainer.prepare(args.mini_batch_size, known))
             try:
                 summary = trainer.train()
+            except torch.OutOfMemoryError as e:
+                raise LmplayError(
+                    f"the device ran out of memory: --mini-batch-size below {trainer.mini_batch_size}"
+                ) from e
             except Stopped as e:
                 report.note(f"{e}; saved at step {trainer.place.step}. The same command goes on from there.")
                 return e.status
@@ -308,7 +315,7 @@ def describe(experiment: Experiment, runner: object, config: object, console: Co
     print(f"flops_per_token: {flops:.4g} ({count(flops)}; training, one sequence of {length})")
 
 
-def check_grads(trainer: Trainer, console: Console) -> int:
+def check_grads(trainer: Trainer) -> int:
     """Names the parameters that one batch gives no gradient; exit status 1 when there are any."""
     from .. import probe
 

@@ -111,8 +111,10 @@ def _tokenizer(
         raise LmplayError(f"tokenizer {spec.kind} is made from documents, and this plan has none but token files")
     key = json.dumps([spec.model_dump(), fraction, [s.fingerprint for s in sources], VERSION])
     path = cache_folder() / "tokenizers" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if path.exists():
+    try:
         return from_state(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, KeyError):  # not there yet, or damaged: it is made again
+        pass
     progress(f"training the {spec.kind} tokenizer", 0)
     tokenizer: Tokenizer
     if isinstance(spec, CharsTokenizer):

@@ -96,19 +96,26 @@ class Table:
 
 
 def document_of(row: Mapping[str, Any], c: Columns) -> Document:
-    """One row as pieces; prompts, and what others than the assistant say, count only with prompt_loss."""
+    """One row as pieces; prompts, and what others than the assistant say, count only with prompt_loss.
+
+    A row whose text, truth or messages are null is no document: the list is empty.
+    """
+    main: str = c.messages or c.truth or c.text or "text"
+    if row[main] is None:
+        return []
     if c.messages is not None:
         pieces: Document = []
         for message in row[c.messages]:
             answer = message["role"] == "assistant"
             pieces.append((f"{message['role']}: ", c.prompt_loss))
-            pieces.append((f"{message['content']}\n\n", answer or c.prompt_loss))
+            pieces.append((f"{message['content'] or ''}\n\n", answer or c.prompt_loss))
         return pieces
     if c.truth is not None:
-        prompt = [(f"{row[c.prompt]}\n\n", c.prompt_loss)] if c.prompt else []
+        prompt = [(f"{row[c.prompt]}\n\n", c.prompt_loss)] if c.prompt and row[c.prompt] is not None else []
         return [*prompt, (str(row[c.truth]), True)]
     text = str(row[c.text or "text"])
-    return [(f"{row[c.title]}\n\n{text}" if c.title else text, True)]
+    title = row[c.title] if c.title is not None else None
+    return [(text if title is None else f"{title}\n\n{text}", True)]
 
 
 class Hub(Table):
