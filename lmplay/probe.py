@@ -105,16 +105,19 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def find_mini_batch(
     trial: Callable[[int], None], model: nn.Module, device: torch.device, batch_size: int, length: int,
-    seconds: float = 20.0,
+    seconds: float = 20.0, clock: Callable[[], float] = time.perf_counter,
 ) -> int:  # fmt: skip
     """The number of sequences in a forward pass that trains fastest.
 
     Divisors of the batch size are tried from 1 upwards until two in a row are slower than the best, memory
     runs out, or the time is up. On a CPU a pass is kept to 16384 tokens: there, running out of memory
-    cannot be caught, and what leaves the cache is slower anyway.
+    cannot be caught, and what leaves the cache is slower anyway. The best of a row of single trials is
+    often only the luckiest, so those of more than half its rate are tried again in turns, each judged by its
+    fastest. Of those within 5 % the smallest is taken: a larger one costs memory.
 
     Args:
         trial: runs forward and backward on that many sequences.
+        seconds: the time to spend; each size tried first is tried at least twice, whatever it takes.
 
     Raises:
         LmplayError: not even one sequence fits.
@@ -122,33 +125,41 @@ def find_mini_batch(
     sizes = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
     if device.type == "cpu":
         sizes = [n for n in sizes if n == 1 or n * length <= 16384]
-    best, best_rate, slower, spent = 0, 0.0, 0, 0.0
+    rates: dict[int, float] = {}
+    began = clock()
+
+    def timed(size: int) -> None:
+        model.zero_grad(set_to_none=True)  # sparse gradients would grow from trial to trial
+        start = clock()
+        trial(size)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        rates[size] = max(rates.get(size, 0.0), size / (clock() - start))
+
     with _undisturbed(model, device):
+        slower = 0
         for size in sizes:
+            best = max(rates.values(), default=0.0)
             try:
                 trial(size)  # the first meets cold memory, and may compile
-                rate = 0.0
-                for _ in range(2):
-                    model.zero_grad(set_to_none=True)  # sparse gradients would grow from trial to trial
-                    start = time.perf_counter()
-                    trial(size)
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                    seconds_taken = time.perf_counter() - start
-                    rate, spent = max(rate, size / seconds_taken), spent + seconds_taken
+                timed(size)
             except torch.OutOfMemoryError as e:
                 model.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
-                if not best:
+                if not rates:
                     raise LmplayError("not even one sequence fits into the device's memory: a smaller model?") from e
                 break
-            # A larger one must be clearly faster: it costs memory.
-            slower = 0 if rate > best_rate else slower + 1
-            if rate > 1.02 * best_rate:
-                best, best_rate = size, rate
-            if slower == 2 or spent > seconds:
+            slower = 0 if rates[size] > best else slower + 1
+            if slower == 2 or clock() - began > seconds:
                 break
-    return best
+        best = max(rates.values())
+        near = [size for size, rate in rates.items() if rate > 0.5 * best]
+        for _ in range(4 if len(near) > 1 else 0):
+            for size in near:
+                if clock() - began < seconds:
+                    timed(size)
+    best = max(rates.values())
+    return next(size for size in sizes if rates.get(size, 0.0) > best / 1.05)
 
 
 def without_gradient(runner: ModelRunner, model: nn.Module, batch: Batch) -> list[str]:
