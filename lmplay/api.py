@@ -8,8 +8,10 @@ Letters in shapes: B batch, T sequence, D embed_dim, V vocabulary, H heads, h he
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -196,12 +198,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*(None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in grads), None, None)
 
 
-def linear_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor, chunk: int | None = None) -> StepOut:
+class OutputLayer(Protocol):
+    """Anything with a weight (V, D) and a bias (V) or None: nn.Linear, or a layer put together in each step."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+
+def linear_cross_entropy(hidden: Tensor, head: OutputLayer, targets: Tensor, chunk: int | None = None) -> StepOut:
     """Cross entropy of head(hidden) without ever holding the (B, T, V) logits.
 
     Args:
         hidden: (B, T, D) the model's last hidden states.
-        head: anything with `weight` (V, D) and `bias` (V) or None.
+        head: the output layer.
         targets: (B, T) int64, IGNORE where no loss is counted.
         chunk: rows of logits held at a time; by default what fits in CHUNK_BYTES.
 
@@ -209,8 +221,7 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor, chunk
         Sums over the counted tokens. Under autocast the products run in its type, the loss in float32.
         A hit is a target whose logit no other exceeds.
     """
-    weight: Tensor = head.weight
-    bias: Tensor | None = head.bias
+    weight, bias = head.weight, head.bias
     if not torch.is_grad_enabled():  # a Function sees requires_grad also then, and would compute gradients
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     if chunk is None:
@@ -218,6 +229,36 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor, chunk
     flat = targets.reshape(-1)
     loss, correct = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat, chunk)
     return StepOut(loss, (flat != IGNORE).sum(), correct)
+
+
+class Holds(Protocol):
+    """A model that can keep what it computed from its weights alone in `held`; None where it keeps nothing."""
+
+    held: dict[str, Tensor] | None
+
+
+@contextmanager
+def computed_once(model: Holds, compute: Callable[[], dict[str, Tensor]]) -> Iterator[None]:
+    """Keep `compute()`'s tensors in `model.held` for as long as no weight changes.
+
+    Each backward pass inside ends at the kept tensors, where the gradients add up. On leaving, their sum goes on
+    to the parameters in one backward pass through `compute`: the same gradients as computing the tensors in
+    every forward pass, as differentiation is linear, at the cost of one. When an error leaves the context the
+    gradients are not carried on.
+    """
+    if model.held is not None:  # an outer context holds them already
+        yield
+        return
+    made = compute()
+    model.held = {name: t.detach().requires_grad_(t.requires_grad) for name, t in made.items()}
+    try:
+        yield
+        reached = [(made[name], t.grad) for name, t in model.held.items() if t.grad is not None]
+    finally:
+        model.held = None
+    if reached:
+        tensors, grads = zip(*reached, strict=True)
+        torch.autograd.backward(tensors, grads)
 
 
 class ModelRunner:
@@ -241,6 +282,13 @@ class ModelRunner:
     def step(self, model: nn.Module, batch: Batch) -> StepOut:
         """One forward pass of a mini-batch, with its loss summed over the counted tokens."""
         return linear_cross_entropy(model(batch.ids), model.head, batch.targets)  # type: ignore[arg-type]
+
+    def fixed_weights(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A context in which the harness changes no weight: around the mini-batches of one optimizer step, a
+        validation, a text. A model that computes tensors from its weights alone makes them once in it, by
+        :func:`computed_once`.
+        """
+        return nullcontext()
 
     def new_cache(self, model: nn.Module, batch_size: int, max_len: int) -> Any:
         """An empty decoding cache for `batch_size` sequences of up to `max_len` tokens."""

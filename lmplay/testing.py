@@ -44,6 +44,15 @@ class Subject:
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         return probe.build_model(self.runner, seed).to(dtype)
 
+    def moved(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model as if it had trained: weights that start at 0 would hide what they multiply."""
+        model, generator = self.model(), torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for p in model.parameters():
+                size = p.double().square().mean().sqrt() or 1.0
+                p.add_(0.1 * size * torch.randn(p.shape, generator=generator))
+        return model.to(dtype)
+
     def batch(self, size: int = 4, seed: int = 1) -> Batch:
         generator = torch.Generator().manual_seed(seed)
         shape = (size, self.config.max_len)
@@ -89,7 +98,7 @@ def _gradients(subject: Subject, model: nn.Module, batches: list[Batch]) -> dict
 
 def check_step(s: Subject) -> None:
     """The step's sums are those of the full logits and cross entropy."""
-    model, batch = s.model(dtype=torch.float64), s.batch()
+    model, batch = s.moved(torch.float64), s.batch()
     model.eval()
     out = s.runner.step(model, batch)
     rows = [s.runner.logits(model, batch.ids[:, : t + 1], None)[0] for t in range(batch.ids.shape[1])]
@@ -105,7 +114,7 @@ def check_step(s: Subject) -> None:
 
 def check_causal(s: Subject) -> None:
     """No position sees a later one."""
-    model, ids = s.model(dtype=torch.float64).eval(), s.batch().ids
+    model, ids = s.moved(torch.float64).eval(), s.batch().ids
     middle = ids.shape[1] // 2
     changed = ids.clone()
     changed[:, middle:] = (changed[:, middle:] + 1) % s.config.vocab_size
@@ -127,7 +136,7 @@ def check_every_parameter_learns(s: Subject) -> None:
 
 def check_accumulation(s: Subject) -> None:
     """Mini-batches of 1 and of 4 give the same gradient."""
-    model, batch = s.model(dtype=torch.float64), s.batch()
+    model, batch = s.moved(torch.float64), s.batch()
     whole = _gradients(s, model, [batch])
     parts = [Batch(batch.ids[i : i + 1], batch.targets[i : i + 1]) for i in range(len(batch.ids))]
     split = _gradients(s, model, parts)
@@ -158,7 +167,7 @@ def check_initialised_by_name(s: Subject) -> None:
 
 def check_cached_decoding(s: Subject) -> None:
     """Reading token by token, or prompt and then token by token, gives the logits of a full pass."""
-    model, ids = s.model(dtype=torch.float64).eval(), s.batch().ids
+    model, ids = s.moved(torch.float64).eval(), s.batch().ids
     with torch.no_grad():
         full = [s.runner.logits(model, ids[:, : t + 1], None)[0] for t in range(ids.shape[1])]
         for prompt in (1, ids.shape[1] // 2):
@@ -193,7 +202,7 @@ def check_saves_and_loads(s: Subject) -> None:
 
 def check_fold(s: Subject) -> None:
     """The folded model computes the same logits, without the parameters that serve training only."""
-    model, ids = s.model(dtype=torch.float64).eval(), s.batch().ids
+    model, ids = s.moved(torch.float64).eval(), s.batch().ids
     folded = s.runner.fold(model).eval()
     with torch.no_grad():
         a, b = (s.runner.logits(m, ids, None)[0] for m in (model, folded))
@@ -221,40 +230,62 @@ def check_bf16(s: Subject) -> None:
 
 
 def check_learns(s: Subject) -> None:
-    """A few steps on one batch lower its loss."""
+    """A few steps on one batch, at the rates that the groups ask for, lower its loss."""
     model, batch = s.model(), s.batch()
+    rates = {id(p): g.get("lr_scale", 1.0) for g in s.runner.param_groups(model) for p in g["params"]}
     first = float(s.runner.step(model, batch).loss_sum.detach())
     for _ in range(10):
         grads = _gradients(s, model, [batch])
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if name in grads:
-                    p.sub_(0.02 * grads[name].sign())
+                    p.sub_(0.01 * rates[id(p)] * grads[name].sign())
     assert float(s.runner.step(model, batch).loss_sum.detach()) < first
 
 
 def check_config_fields(s: Subject) -> None:
-    """Every field of the Config changes something: the parameters, or what is computed."""
-    reference = _signature(s)
+    """Every field of the Config changes something: the parameters, or what is computed.
+
+    A field that goes with certain others only may be refused (ValueError) where it would do nothing, if another
+    variant of the idea accepts it.
+    """
+    variants = s.experiment.source.variants
     for field in dataclasses.fields(s.config):
-        changed = [_signature_or_none(s, field.name, value) for value in _other_values(s.config, field)]
-        assert any(c is not None for c in changed), f"no other value of {field.name} is accepted"
-        assert any(c is not None and c != reference for c in changed), f"{field.name} changes nothing"
+        accepted, changed = _changes(s, field)
+        for variant in variants if not accepted else ():
+            other = tiny(f"{s.experiment.source.path}:{variant}")
+            accepted, changed = _changes(other, field)
+            if accepted:
+                break
+        assert accepted, f"no other value of {field.name} is accepted"
+        assert changed, f"{field.name} changes nothing"
 
 
-def _other_values(config: Any, field: dataclasses.Field[Any]) -> list[Any]:
-    """Values of a field other than the config's own."""
-    value = getattr(config, field.name)
-    hint = typing.get_type_hints(type(config))[field.name]
+def _changes(s: Subject, field: dataclasses.Field[Any]) -> tuple[bool, bool]:
+    """Whether another value of the field is accepted, and whether one that is changes something."""
+    reference, accepted = _signature(s), False
+    for value in _other_values(s, field):
+        signature = _signature_or_none(s, field.name, value)
+        accepted = accepted or signature is not None
+        if signature is not None and signature != reference:
+            return True, True
+    return accepted, False
+
+
+def _other_values(s: Subject, field: dataclasses.Field[Any]) -> list[Any]:
+    """Values of a field other than the config's own; for a text, what the idea's variants have."""
+    value = getattr(s.config, field.name)
+    hint = typing.get_type_hints(type(s.config))[field.name]
     if typing.get_origin(hint) is typing.Literal:
         return [v for v in typing.get_args(hint) if v != value]
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [value * 2, value + 1, max(1, value // 2)]
+        return [v for v in (value * 2, value + 1, max(1, value // 2)) if v != value]
     if isinstance(value, float):
         return [value * 2, value / 2 + 0.25, 0.5]
-    return []
+    texts = [v[field.name] for v in s.experiment.source.variants.values() if field.name in v]
+    return [text for text in (*texts, value[::-1]) if text != value]
 
 
 def _signature_or_none(s: Subject, name: str, value: Any) -> Any:
@@ -269,20 +300,22 @@ def _signature_or_none(s: Subject, name: str, value: Any) -> Any:
 
 
 def _signature(s: Subject) -> tuple[Any, ...]:
-    """What a config makes: parameter shapes and devices, and the loss of one training step."""
+    """What a config makes: parameter shapes and devices, loss and gradients of one training step."""
     torch.manual_seed(0)
-    model = s.model().train()
+    model = s.moved().train()
     devices = tuple(m.on_cpu for m in model.modules() if hasattr(m, "on_cpu"))
     shapes = tuple((n, tuple(p.shape)) for n, p in model.named_parameters())
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(min(23, s.config.vocab_size), (4, min(12, s.config.max_len)), generator=generator)
-    loss = float(s.runner.step(model, Batch(ids, ids)).loss_sum.detach())
-    return shapes, devices, loss
+    loss = s.runner.step(model, Batch(ids, ids)).loss_sum
+    loss.backward()
+    gradients = tuple(float(p.grad.to_dense().abs().sum()) for p in model.parameters() if p.grad is not None)
+    return shapes, devices, float(loss.detach()), gradients
 
 
 def check_compiles(s: Subject) -> None:
     """torch.compile gives the same loss and gradients. Slow, so not in CHECKS: one variant an idea."""
-    model, batch = s.model(), s.batch()
+    model, batch = s.moved(), s.batch()
     expected = _gradients(s, model, [batch])
     loss = float(s.runner.step(model, batch).loss_sum.detach())
     compiled: Any = torch.compile(model)

@@ -48,7 +48,7 @@ def test_file_stands_alone(source: discover.Source) -> None:
     assert 10 < len(source.summary) <= 110
     assert source.baseline in VARIANTS
     names = [line.split()[1] for line in source.path.read_text().splitlines() if line.startswith(("import ", "from "))]
-    standard = {"__future__", "math", "copy", "dataclasses", "typing", "collections.abc"}
+    standard = {"__future__", "math", "contextlib", "copy", "dataclasses", "typing", "collections.abc"}
     outside = {n for n in names if n not in standard and not n.startswith("torch")}
     assert outside == {"lmplay.api"}
     if source.idea != "gpt2ish":

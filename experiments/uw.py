@@ -1,0 +1,400 @@
+"""Unified weights: every linear layer's weight is modulated by trained vectors, which fold away.
+
+The idea: a step that moves one entry of a weight moves one connection. Vectors over its rows and columns let a
+step move all of a unit's connections together, and vectors predicted by a shared network let it move all
+layers together. In use there is one plain matrix again.
+
+    W' = (W ⊙ (m_out + c1) + (a_out + c2)) by row, then (· ⊙ (m_in + c3) + (a_in + c4)) by column;  b' = b + c5
+
+Each of m_out, a_out, m_in, a_in and the bias's shift is off, plain (trained) or predicted:
+
+    predicted = P · gelu(S z + s) + rest        z (exp_mul D) and rest are the layer's own, S (D x exp_mul D),
+                                                s and P belong to one network for each layer, purpose or the model
+
+`depth` counts the GELUs (0: none, 2: another D x D layer). Every m starts at 1 and everything else that is added
+at 0, so that training starts from the baseline's function; with block_norms=false the blocks' LayerNorms go.
+With unify_head the head is modulated as well, its rows by plain vectors only (a prediction for each word of the
+vocabulary would outweigh the model).
+
+Versions: uw1 plain; uw2 predicted by one network for the model; uw3 by one for each layer; uw4 by one for each
+purpose (query, key, ..., fc2); uw5 the same with depth 2; uw6 by one network without activation, exp_mul 32 (or 64).
+The source leaves open: z has exp_mul D entries in every layer, also where the input is 4 D wide, and the hidden
+layer D units, so that networks can be shared; and S learns at 1/exp_mul of the rate (see param_groups).
+The effective weights are computed once for all mini-batches of an optimizer step.
+Training-only parameters a layer: in + out twice and 5 numbers (uw1); beside that exp_mul D and the network's
+exp_mul D² + 5 matrices of each size. All of it folds away.
+
+The claim (to be tested): faster learning than plain layers; better without the blocks' LayerNorms.
+Result so far: RESULT_uw
+Source: https://github.com/jmward01/lmplay (unified weights 1 to 6).
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmplay.api import (
+    Batch,
+    KVCache,
+    ModelRunner,
+    StepOut,
+    causal_attention,
+    computed_once,
+    dropout,
+    linear_cross_entropy,
+)
+
+# CHANGED: what a modulating vector can be, and where each kind starts
+Vector = Literal["on", "off", "plain", "predicted"]  # on: as Config.vectors says
+STARTS = {"m_out": 1.0, "a_out": 0.0, "m_in": 1.0, "a_in": 0.0, "shift": 0.0}
+
+
+@dataclass(frozen=True)
+class Config:
+    num_blocks: int = 6
+    embed_dim: int = 768
+    num_heads: int = 12
+    max_len: int = 1024
+    vocab_size: int = 50257
+    dropout: float = 0.1
+    head_bias: bool = True
+    vectors: Literal["plain", "predicted"] = "plain"  # CHANGED: where the modulating vectors come from
+    m_out: Vector = "on"  # CHANGED: factors of W's rows
+    a_out: Vector = "on"  # CHANGED: what is added to W's rows
+    m_in: Vector = "on"  # CHANGED: factors of W's columns
+    a_in: Vector = "on"  # CHANGED: what is added to W's columns
+    shift: Vector = "on"  # CHANGED: what is added to the bias; plain it is one number, as the bias is a vector
+    predictor: Literal["layer", "purpose", "model"] = "model"  # CHANGED: which layers share a predicting network
+    exp_mul: float = 16.0  # CHANGED: size of z in embed_dims
+    depth: int = 1  # CHANGED: GELUs in a predicting network
+    unify_head: bool = False  # CHANGED: the head too
+    block_norms: bool = True  # CHANGED: False leaves the blocks' LayerNorms out
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+        if "predicted" not in {self.how(kind) for kind in STARTS}:
+            for name, default in (("predictor", "model"), ("exp_mul", 16.0), ("depth", 1)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} is for predicted vectors, and none is")
+        if self.exp_mul <= 0 or not 0 <= self.depth <= 2:
+            raise ValueError("exp_mul must be above 0, depth 0, 1 or 2")
+
+    def how(self, kind: str) -> str:
+        """off, plain or predicted."""
+        own: str = getattr(self, kind)
+        return self.vectors if own == "on" else own
+
+    def plain(self) -> Config:
+        """The same model without modulation: what is left when training is over."""
+        off: Vector = "off"
+        return replace(
+            self, vectors="plain", m_out=off, a_out=off, m_in=off, a_in=off, shift=off,
+            predictor="model", exp_mul=16.0, depth=1, unify_head=False,
+        )  # fmt: skip
+
+
+class Linear(nn.Linear):
+    """nn.Linear that starts as GPT-2's: normal weights, zero bias."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, std: float = 0.02):
+        self.std = std
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that starts as GPT-2's."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
+# CHANGED: from here to Attention
+Weights = dict[str, Tensor]  # the effective weights and biases of the unified layers, by name
+
+
+class UnifiedLinear(Linear):
+    """A linear layer whose weight is modulated by vectors; `path` is its name in the model.
+
+    Plain vectors are its own, each with a number c that moves it as a whole; predicted ones are given.
+    """
+
+    plain: tuple[str, ...] = ()
+
+    def __init__(self, in_features: int, out_features: int, c: Config, path: str, std: float = 0.02, bias: bool = True):
+        super().__init__(in_features, out_features, bias, std)
+        self.path = path
+        self.sizes = {"m_out": out_features, "a_out": out_features, "m_in": in_features, "a_in": in_features}
+        if bias:
+            self.sizes["shift"] = out_features
+        # The head's rows are as many as the vocabulary: too many to predict, so there they are plain.
+        rows = {"m_out", "a_out", "shift"} if path == "head" else set()
+        self.predicted = tuple(k for k in self.sizes if c.how(k) == "predicted" and k not in rows)
+        self.plain = tuple(k for k in self.sizes if c.how(k) != "off" and k not in self.predicted)
+        for kind in set(self.plain) - {"shift"}:
+            self.register_parameter(kind, nn.Parameter(torch.empty(self.sizes[kind])))
+        if self.plain:
+            self.c = nn.Parameter(torch.empty(len(self.plain)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for kind in set(self.plain) - {"shift"}:
+            nn.init.constant_(self.get_parameter(kind), STARTS[kind])
+        if self.plain:
+            nn.init.zeros_(self.c)
+
+    def effective(self, predicted: dict[str, Tensor]) -> Weights:
+        """W' (out, in) and b' (out), named as a plain layer's would be."""
+        v = dict(predicted)
+        for kind, c in zip(self.plain, self.c if self.plain else (), strict=True):
+            v[kind] = c if kind == "shift" else self.get_parameter(kind) + c
+        w, b = self.weight, self.bias
+        w = w * v["m_out"].unsqueeze(1) if "m_out" in v else w
+        w = w + v["a_out"].unsqueeze(1) if "a_out" in v else w
+        w = w * v["m_in"] if "m_in" in v else w
+        w = w + v["a_in"] if "a_in" in v else w
+        if b is None:
+            return {f"{self.path}.weight": w}
+        return {f"{self.path}.weight": w, f"{self.path}.bias": b + v["shift"] if "shift" in v else b}
+
+    def forward(self, x: Tensor, weights: Weights) -> Tensor:  # type: ignore[override]
+        return F.linear(x, weights[f"{self.path}.weight"], weights.get(f"{self.path}.bias"))
+
+
+class Predictor(nn.Module):
+    """One network that predicts the vectors of several layers, those of one kind and size in one product.
+
+    z is a row for each layer. For each kind and size there is a matrix, shared by the layers, and for each layer
+    a trained rest, which starts at what the prediction lacks to 1 or 0.
+    """
+
+    def __init__(self, c: Config, layers: list[UnifiedLinear]):
+        super().__init__()
+        self.paths, self.depth = [layer.path for layer in layers], c.depth
+        wide, dim = round(c.exp_mul * c.embed_dim), c.embed_dim
+        self.z = nn.Parameter(torch.empty(len(layers), wide))
+        self.enter = nn.Parameter(torch.empty(dim, wide))  # S
+        self.enter_bias = nn.Parameter(torch.empty(dim))  # s
+        self.middle = nn.Parameter(torch.empty(dim, dim)) if c.depth == 2 else None
+        self.middle_bias = nn.Parameter(torch.empty(dim)) if c.depth == 2 else None
+        self.tables: list[tuple[str, str, list[int]]] = []  # parameter, kind, the layers it serves
+        for kind in STARTS:
+            for size in sorted({layer.sizes[kind] for layer in layers if kind in layer.predicted}):
+                rows = [i for i, x in enumerate(layers) if kind in x.predicted and x.sizes[kind] == size]
+                self.tables.append((f"{kind}_{size}", kind, rows))
+                self.register_parameter(f"{kind}_{size}", nn.Parameter(torch.empty(size, dim)))
+                self.register_parameter(f"{kind}_{size}_rest", nn.Parameter(torch.empty(len(rows), size)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.z)
+        nn.init.normal_(self.enter, std=1 / math.sqrt(self.enter.shape[1]))
+        nn.init.zeros_(self.enter_bias)
+        if self.middle is not None and self.middle_bias is not None:
+            nn.init.normal_(self.middle, std=1 / math.sqrt(len(self.middle)))
+            nn.init.zeros_(self.middle_bias)
+        for name, _, _ in self.tables:
+            nn.init.normal_(self.get_parameter(name), std=0.02)
+            nn.init.zeros_(self.get_parameter(f"{name}_rest"))
+        first = self.forward()
+        for name, kind, rows in self.tables:
+            predicted = torch.stack([first[self.paths[i]][kind] for i in rows])
+            self.get_parameter(f"{name}_rest").copy_(STARTS[kind] - predicted)
+
+    def forward(self) -> dict[str, dict[str, Tensor]]:
+        """For each layer's path its predicted vectors by kind."""
+        h = F.linear(self.z, self.enter, self.enter_bias)  # (layers, D)
+        h = F.gelu(h) if self.depth else h
+        if self.middle is not None:
+            h = F.gelu(F.linear(h, self.middle, self.middle_bias))
+        out: dict[str, dict[str, Tensor]] = {path: {} for path in self.paths}
+        for name, kind, rows in self.tables:
+            made = F.linear(h[rows], self.get_parameter(name)) + self.get_parameter(f"{name}_rest")
+            for row, vector in zip(rows, made.unbind(), strict=True):
+                out[self.paths[row]][kind] = vector
+        return out
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        path = f"blocks.{layer}.attn"  # CHANGED: unified layers, here and below
+        self.query = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.query")
+        self.key = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.key")
+        self.value = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.value")
+        std = 0.02 / math.sqrt(2 * c.num_blocks)
+        self.proj = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.proj", std)
+
+    def forward(self, x: Tensor, cache: KVCache | None, w: Weights) -> Tensor:
+        heads = (self.num_heads, x.shape[-1] // self.num_heads)
+        q = self.query(x, w).unflatten(-1, heads).transpose(1, 2)  # (B, H, t, h)
+        k = self.key(x, w).unflatten(-1, heads).transpose(1, 2)
+        v = self.value(x, w).unflatten(-1, heads).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
+        out = causal_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)
+        return dropout(self.proj(out, w), self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.dropout = c.dropout
+        path, std = f"blocks.{layer}.ff", 0.02 / math.sqrt(2 * c.num_blocks)
+        self.fc1 = UnifiedLinear(c.embed_dim, 4 * c.embed_dim, c, f"{path}.fc1")  # CHANGED
+        self.fc2 = UnifiedLinear(4 * c.embed_dim, c.embed_dim, c, f"{path}.fc2", std)  # CHANGED
+
+    def forward(self, x: Tensor, w: Weights) -> Tensor:
+        return dropout(self.fc2(F.gelu(self.fc1(x, w)), w), self.dropout, self.training)  # CHANGED
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(c.embed_dim) if c.block_norms else nn.Identity()  # CHANGED
+        self.attn = Attention(c, layer)
+        self.ln2 = nn.LayerNorm(c.embed_dim) if c.block_norms else nn.Identity()  # CHANGED
+        self.ff = FeedForward(c, layer)
+
+    def forward(self, x: Tensor, cache: KVCache | None, w: Weights) -> Tensor:
+        x = x + self.attn(self.ln1(x), cache, w)
+        return x + self.ff(self.ln2(x), w)
+
+
+class GPT(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.dropout = c.dropout
+        self.tok_embed = Embedding(c.vocab_size, c.embed_dim)
+        self.pos_embed = Embedding(c.max_len, c.embed_dim)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_blocks))
+        self.ln = nn.LayerNorm(c.embed_dim)
+        # CHANGED: to effective
+        self.head: Linear = Linear(c.embed_dim, c.vocab_size, bias=c.head_bias)
+        if c.unify_head:
+            self.head = UnifiedLinear(c.embed_dim, c.vocab_size, c, "head", bias=c.head_bias)
+        self.unified = [m for m in self.modules() if isinstance(m, UnifiedLinear)]
+        sharing: dict[str, list[UnifiedLinear]] = {}
+        for layer in self.unified:
+            if layer.predicted:
+                purpose = layer.path.split(".")[-1]
+                key = {"layer": layer.path, "purpose": purpose, "model": ""}[c.predictor]
+                sharing.setdefault(key, []).append(layer)
+        self.predictors = nn.ModuleList(Predictor(c, layers) for layers in sharing.values())
+        self.held: Weights | None = None  # what `effective` gave, while no weight changes
+
+    def effective(self) -> Weights:
+        """Weights and biases of all unified layers, in full precision, under the names of a plain model's."""
+        with torch.autocast(self.ln.weight.device.type, enabled=False):
+            predicted: dict[str, dict[str, Tensor]] = {}
+            for predictor in self.predictors:
+                predicted |= predictor()
+            made: Weights = {}
+            for layer in self.unified:
+                made |= layer.effective(predicted.get(layer.path, {}))
+            return made
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, t) -> hidden states (B, t, D); `head` turns them into logits."""
+        past = 0 if cache is None else cache.length
+        positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+        x = dropout(self.tok_embed(ids) + self.pos_embed(positions), self.dropout, self.training)
+        w = self.effective() if self.held is None else self.held  # CHANGED
+        for block in self.blocks:
+            x = block(x, cache, w)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.ln(x)
+
+    def output(self) -> Output:
+        """The head that training and decoding use."""
+        if not isinstance(self.head, UnifiedLinear):
+            return Output(self.head.weight, self.head.bias)
+        w = self.effective() if self.held is None else self.held
+        return Output(w["head.weight"], w.get("head.bias"))
+
+
+class Output(NamedTuple):  # CHANGED
+    """An output layer: weight (V, D), bias (V) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Runner(ModelRunner):
+    Config = Config
+
+    def build(self) -> nn.Module:
+        return GPT(self.config)
+
+    # CHANGED: to the end of the class
+    training_only = ("*.m_out", "*.a_out", "*.m_in", "*.a_in", "*.c", "predictors.*")
+
+    def step(self, model: nn.Module, batch: Batch) -> StepOut:
+        return linear_cross_entropy(model(batch.ids), model.output(), batch.targets)  # type: ignore[operator]
+
+    def logits(self, model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        hidden = model(ids, cache=cache)
+        return F.linear(hidden[:, -1], *model.output()), cache  # type: ignore[operator]
+
+    def fixed_weights(self, model: nn.Module) -> AbstractContextManager[None]:
+        return computed_once(model, model.effective)  # type: ignore[arg-type]
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Modulating vectors get no weight decay, whatever their shape; S learns slower by exp_mul.
+
+        Under Adam a step moves S z by the rate times the size of z, which is exp_mul times the usual.
+        """
+        slow = [p for name, p in model.named_parameters() if name.endswith(".enter")]
+        vectors = [p for name, p in model.named_parameters() if name.endswith((".z", "_rest"))]
+        special = {id(p) for p in slow + vectors}
+        groups = [
+            {**g, "params": [p for p in g["params"] if id(p) not in special]} for g in super().param_groups(model)
+        ]
+        groups.append({"params": slow, "role": "matrix", "lr_scale": 1 / self.config.exp_mul})
+        groups.append({"params": vectors, "role": "vector"})
+        return [g for g in groups if g["params"]]
+
+    @torch.no_grad()
+    def fold(self, model: nn.Module) -> nn.Module:
+        """A plain model with the effective weights; what was not modulated is shared."""
+        with torch.device("meta"):
+            plain = GPT(self.config.plain())
+        tensors = {**model.state_dict(), **model.effective()}  # type: ignore[operator]
+        plain.load_state_dict({name: tensors[name] for name in plain.state_dict()}, assign=True)
+        return plain
+
+
+BASELINE = "gpt2ish"
+
+VARIANTS: dict[str, dict] = {
+    "uw1": {},
+    "uw1_rows": {"m_in": "off", "a_in": "off"},
+    "uw1_head": {"unify_head": True},
+    "uw1_no_ln": {"block_norms": False},
+    "uw2": {"vectors": "predicted"},
+    "uw3": {"vectors": "predicted", "predictor": "layer"},
+    "uw4": {"vectors": "predicted", "predictor": "purpose"},
+    "uw5": {"vectors": "predicted", "predictor": "purpose", "depth": 2},
+    "uw6": {"vectors": "predicted", "exp_mul": 32.0, "depth": 0},
+    "uw6_64": {"vectors": "predicted", "exp_mul": 64.0, "depth": 0},
+    "uw6_head": {"vectors": "predicted", "exp_mul": 32.0, "depth": 0, "unify_head": True},
+    "uw6_no_ln": {"vectors": "predicted", "exp_mul": 32.0, "depth": 0, "block_norms": False},
+}
