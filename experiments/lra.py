@@ -124,7 +124,7 @@ class LearnedAdd(nn.Module):
             nn.init.normal_(self.weight, std=0.02 if self.hidden else 0.0)
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
-        raw = self.bias
+        raw: Tensor = self.bias
         if self.weight is not None:
             read = torch.cat([x, f.to(x.dtype)], -1)  # (..., 2D)
             raw = F.linear(read if self.hidden is None else F.gelu(self.hidden(read)), self.weight, self.bias)

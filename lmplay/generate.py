@@ -93,22 +93,23 @@ def generate(
     unread = context[:, -window:]
     cache, held = runner.new_cache(model, num_samples, window), 0
     try:
-        for _ in range(new_tokens):
-            if held + unread.shape[1] > window:
-                unread = context[:, -max(1, window // 2) :]
-                cache, held = runner.new_cache(model, num_samples, window), 0
-            logits, cache = runner.logits(model, unread, cache)
-            held += unread.shape[1]
-            token = choose(logits, seen, how, generator)
-            if eot is not None:
-                token = torch.where(ended, eot, token)
-                ended |= token == eot
-            seen.scatter_(1, token.unsqueeze(1), True)
-            unread = token.unsqueeze(1)
-            context = torch.cat([context, unread], 1)[:, -window:]
-            yield token.tolist()
-            if bool(ended.all()):
-                return
+        with runner.fixed_weights(model):
+            for _ in range(new_tokens):
+                if held + unread.shape[1] > window:
+                    unread = context[:, -max(1, window // 2) :]
+                    cache, held = runner.new_cache(model, num_samples, window), 0
+                logits, cache = runner.logits(model, unread, cache)
+                held += unread.shape[1]
+                token = choose(logits, seen, how, generator)
+                if eot is not None:
+                    token = torch.where(ended, eot, token)
+                    ended |= token == eot
+                seen.scatter_(1, token.unsqueeze(1), True)
+                unread = token.unsqueeze(1)
+                context = torch.cat([context, unread], 1)[:, -window:]
+                yield token.tolist()
+                if bool(ended.all()):
+                    return
     finally:
         model.train(was_training)
 

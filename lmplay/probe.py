@@ -32,13 +32,14 @@ def build_model(runner: ModelRunner, seed: int) -> nn.Module:
     So two experiments that share a module start it from the same numbers, whatever else they hold: that
     takes most of the noise out of their comparison. The global generator is left as it was.
     """
+    generator = torch.default_generator  # torch.manual_seed would seed every device, and costs as much as a module
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "build"))
+        generator.manual_seed(seed_of(seed, "build"))
         model = runner.build()
         for path, module in model.named_modules():
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             if callable(reset):
-                torch.manual_seed(seed_of(seed, f"module {path}"))
+                generator.manual_seed(seed_of(seed, f"module {path}"))
                 reset()
     return model
 
@@ -63,12 +64,33 @@ def parameter_counts(runner: ModelRunner, model: nn.Module) -> tuple[int, int]:
     return sum(sizes.values()), sum(sizes[name] for name in extra)
 
 
-def count_flops(runner: ModelRunner, model: nn.Module, batch: Batch) -> float:
-    """Floating-point operations of matrix products and attention, forward and backward, per token of `batch`.
+def count_flops(runner: ModelRunner, model: nn.Module, batch: Batch, passes: int = 1) -> float:
+    """Floating-point operations of matrix products and attention in training, per token.
 
-    Counted by torch's FlopCounterMode on a real step. Attention counts as if it were not causal, as there.
-    Gradients and the global generator are left as they were.
+    Forward and backward of an optimizer step that makes `passes` passes over mini-batches like `batch`; what is
+    computed from weights alone counts once. Counted by torch's FlopCounterMode on real passes. Attention counts
+    as if it were not causal, as there. Gradients and the global generator are left as they were.
     """
+
+    def step(times: int) -> None:
+        with runner.fixed_weights(model):
+            for _ in range(times):
+                runner.step(model, batch).loss_sum.backward()
+
+    with _undisturbed(model, batch.ids.device):
+        once = _flops(lambda: step(1))
+        total = once if passes == 1 else once + (passes - 1) * (_flops(lambda: step(2)) - once)
+    return total / passes / batch.ids.numel()
+
+
+def count_inference_flops(runner: ModelRunner, model: nn.Module, batch: Batch) -> float:
+    """The same of a forward pass of the folded model: what a token costs in use, in a text of that length."""
+    folded = runner.fold(model)
+    with _undisturbed(model, batch.ids.device), torch.no_grad():
+        return _flops(lambda: runner.step(folded, batch)) / batch.ids.numel()
+
+
+def _flops(work: Callable[[], object]) -> float:
     aten = torch.ops.aten
 
     def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -81,12 +103,9 @@ def count_flops(runner: ModelRunner, model: nn.Module, batch: Batch) -> float:
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-    with (
-        _undisturbed(model, batch.ids.device),
-        FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter,
-    ):
-        runner.step(model, batch).loss_sum.backward()
-    return counter.get_total_flops() / batch.ids.numel()
+    with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 @contextmanager

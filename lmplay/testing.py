@@ -249,21 +249,21 @@ def check_config_fields(s: Subject) -> None:
     A field that goes with certain others only may be refused (ValueError) where it would do nothing, if another
     variant of the idea accepts it.
     """
-    variants = s.experiment.source.variants
+    variants, reference = s.experiment.source.variants, _signature(s)
     for field in dataclasses.fields(s.config):
-        accepted, changed = _changes(s, field)
+        accepted, changed = _changes(s, field, reference)
         for variant in variants if not accepted else ():
             other = tiny(f"{s.experiment.source.path}:{variant}")
-            accepted, changed = _changes(other, field)
+            accepted, changed = _changes(other, field, _signature(other))
             if accepted:
                 break
         assert accepted, f"no other value of {field.name} is accepted"
         assert changed, f"{field.name} changes nothing"
 
 
-def _changes(s: Subject, field: dataclasses.Field[Any]) -> tuple[bool, bool]:
-    """Whether another value of the field is accepted, and whether one that is changes something."""
-    reference, accepted = _signature(s), False
+def _changes(s: Subject, field: dataclasses.Field[Any], reference: tuple[Any, ...]) -> tuple[bool, bool]:
+    """Whether another value of the field is accepted, and whether one that is changes the reference."""
+    accepted = False
     for value in _other_values(s, field):
         signature = _signature_or_none(s, field.name, value)
         accepted = accepted or signature is not None

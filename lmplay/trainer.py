@@ -148,21 +148,22 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         extra: dict[str, torch.Tensor] = {}
-        for start in range(0, size, mini):
-            part = slice(start, min(start + mini, size))
-            batch = probe.to_batch(arrays, part, self.device)
-            with probe.autocast(self.device, self.precision):
-                out = self.runner.step(self.trained, batch)
-            objective = out.loss_sum / total
-            weight = (part.stop - part.start) / self.batch_size
-            if out.aux_loss is not None:
-                objective = objective + out.aux_loss * weight
-            (objective * self.loss_scale).backward()
-            self.optimizers.compact()
-            loss += out.loss_sum.detach()
-            correct += out.n_correct
-            for name, value in out.log.items():
-                extra[name] = extra.get(name, torch.zeros((), device=self.device)) + value.detach() * weight
+        with self.runner.fixed_weights(self.model):
+            for start in range(0, size, mini):
+                part = slice(start, min(start + mini, size))
+                batch = probe.to_batch(arrays, part, self.device)
+                with probe.autocast(self.device, self.precision):
+                    out = self.runner.step(self.trained, batch)
+                objective = out.loss_sum / total
+                weight = (part.stop - part.start) / self.batch_size
+                if out.aux_loss is not None:
+                    objective = objective + out.aux_loss * weight
+                (objective * self.loss_scale).backward()
+                self.optimizers.compact()
+                loss += out.loss_sum.detach()
+                correct += out.n_correct
+                for name, value in out.log.items():
+                    extra[name] = extra.get(name, torch.zeros((), device=self.device)) + value.detach() * weight
         return {"loss": float(loss), "correct": float(correct), **{k: float(v) for k, v in extra.items()}}
 
     def may_update(self, loss: float, norm: float) -> bool:
@@ -268,7 +269,11 @@ class Trainer:
         """Loss, bits per byte and accuracy on the whole validation set, and a sample of text."""
         self.model.eval()
         loss, correct, n, size = 0.0, 0.0, 0, 0
-        with torch.no_grad(), probe.autocast(self.device, self.precision):
+        with (
+            torch.no_grad(),
+            probe.autocast(self.device, self.precision),
+            self.runner.fixed_weights(self.model),
+        ):
             for arrays in self.validation.batches(self.mini_batch_size):
                 out = self.runner.step(self.model, probe.to_batch(arrays, slice(None), self.device))
                 loss += float(out.loss_sum)
@@ -356,14 +361,19 @@ class Trainer:
                     out = self.runner.step(self.trained, probe.to_batch(arrays, slice(0, size), self.device))
                 out.loss_sum.backward()
 
-            self.mini_batch_size = probe.find_mini_batch(trial, self.model, self.device, len(arrays.ids), self.length)
+            with self.runner.fixed_weights(self.model):  # their cost is the same for every size
+                self.mini_batch_size = probe.find_mini_batch(
+                    trial, self.model, self.device, len(arrays.ids), self.length
+                )
+            self.model.zero_grad(set_to_none=True)
             self.report.note(f"mini-batch size {self.mini_batch_size} of {self.batch_size} is the fastest here")
         if "flops_per_token" in known:
             self.flops_per_token = float(known["flops_per_token"])
         else:  # at the mini-batch's size: what is shared by a mini-batch, as UE's distinct tokens, counts so
             with probe.autocast(self.device, self.precision):
                 some = probe.to_batch(arrays, slice(0, self.mini_batch_size), self.device)
-                self.flops_per_token = probe.count_flops(self.runner, self.model, some)
+                passes = math.ceil(self.batch_size / self.mini_batch_size)
+                self.flops_per_token = probe.count_flops(self.runner, self.model, some, passes)
         return {"flops_per_token": self.flops_per_token, "mini_batch_size": self.mini_batch_size}
 
     def _make_optimizers(self) -> Optimizers:
