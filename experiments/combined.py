@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from lmplay.api import KVCache, ModelRunner, causal_attention, computed_once, dr
 
 # CHANGED: where each kind of modulating vector starts
 STARTS = {"m_out": 1.0, "a_out": 0.0, "m_in": 1.0, "a_in": 0.0, "shift": 0.0}
+RATES = {"a_out": 0.02, "a_in": 0.02}  # of learning: what is added to W moves beside entries of .02, not of 1
 
 
 @dataclass(frozen=True)
@@ -98,23 +99,24 @@ class UnifiedLinear(Linear):
         if bias:
             self.sizes["shift"] = out_features
         self.plain = tuple(self.sizes) if c.unify_linear else ()
-        for kind in set(self.plain) - {"shift"}:
-            self.register_parameter(kind, nn.Parameter(torch.empty(self.sizes[kind])))
-        if self.plain:
-            self.c = nn.Parameter(torch.empty(len(self.plain)))
+        for kind in self.plain:
+            self.register_parameter(f"c_{kind}", nn.Parameter(torch.empty(())))
+            if kind != "shift":
+                self.register_parameter(kind, nn.Parameter(torch.empty(self.sizes[kind])))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for kind in set(self.plain) - {"shift"}:
-            nn.init.constant_(self.get_parameter(kind), STARTS[kind])
-        if self.plain:
-            nn.init.zeros_(self.c)
+        for kind in self.plain:
+            nn.init.zeros_(self.get_parameter(f"c_{kind}"))
+            if kind != "shift":
+                nn.init.constant_(self.get_parameter(kind), STARTS[kind])
 
     def effective(self) -> Weights:
         """W' (out, in) and b' (out), named as a plain layer's would be."""
         v = {}
-        for kind, c in zip(self.plain, self.c if self.plain else (), strict=True):
+        for kind in self.plain:
+            c = self.get_parameter(f"c_{kind}")
             v[kind] = c if kind == "shift" else self.get_parameter(kind) + c
         w, b = self.weight, self.bias
         w = w * v["m_out"].unsqueeze(1) if "m_out" in v else w
@@ -290,11 +292,23 @@ class Runner(ModelRunner):
 
     # CHANGED: to the end of the class
     training_only = (
-        "*.m_out", "*.a_out", "*.m_in", "*.a_in", "*.c", "tok_embed.front.*", "tok_embed.fc1.*", "tok_embed.fc2.*",
+        "*.m_out", "*.a_out", "*.m_in", "*.a_in", "*.c_*", "tok_embed.front.*", "tok_embed.fc1.*", "tok_embed.fc2.*",
     )  # fmt: skip
 
     def fixed_weights(self, model: nn.Module) -> AbstractContextManager[None]:
         return computed_once(model, model.effective)  # type: ignore[arg-type]
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """What is added to W learns at the rate of RATES: its steps are beside entries of .02."""
+        groups = super().param_groups(model)
+        own = dict(model.named_parameters())
+        slow = {name: RATES[kind] for name in own for kind in RATES if name.endswith((f".{kind}", f".c_{kind}"))}
+        taken = {id(own[name]) for name in slow}
+        groups = [{**g, "params": [p for p in g["params"] if id(p) not in taken]} for g in groups]
+        for scale in sorted(set(slow.values())):
+            params = [own[name] for name in slow if slow[name] == scale]
+            groups.append({"params": params, "role": "vector", "lr_scale": scale})
+        return [g for g in groups if g["params"]]
 
     @torch.no_grad()
     def fold(self, model: nn.Module) -> nn.Module:

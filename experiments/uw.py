@@ -19,7 +19,8 @@ vocabulary would outweigh the model).
 Versions: uw1 plain; uw2 predicted by one network for the model; uw3 by one for each layer; uw4 by one for each
 purpose (query, key, ..., fc2); uw5 the same with depth 2; uw6 by one network without activation, exp_mul 32 (or 64).
 The source leaves open: z has exp_mul D entries in every layer, also where the input is 4 D wide, and the hidden
-layer D units, so that networks can be shared; and S learns at 1/exp_mul of the rate (see param_groups).
+layer D units, so that networks can be shared; what makes a vector learns at a rate that moves the vector as fast
+as a plain one, and what is added to W at .02 of that, the size of W's entries (see param_groups).
 The effective weights are computed once for all mini-batches of an optimizer step.
 Training-only parameters a layer: in + out twice and 5 numbers (uw1); beside that exp_mul D and the network's
 exp_mul D² + 5 matrices of each size. All of it folds away.
@@ -54,6 +55,7 @@ from lmplay.api import (
 # CHANGED: what a modulating vector can be, and where each kind starts
 Vector = Literal["on", "off", "plain", "predicted"]  # on: as Config.vectors says
 STARTS = {"m_out": 1.0, "a_out": 0.0, "m_in": 1.0, "a_in": 0.0, "shift": 0.0}
+RATES = {"a_out": 0.02, "a_in": 0.02}  # of learning: what is added to W moves beside entries of .02, not of 1
 
 
 @dataclass(frozen=True)
@@ -145,23 +147,24 @@ class UnifiedLinear(Linear):
         rows = {"m_out", "a_out", "shift"} if path == "head" else set()
         self.predicted = tuple(k for k in self.sizes if c.how(k) == "predicted" and k not in rows)
         self.plain = tuple(k for k in self.sizes if c.how(k) != "off" and k not in self.predicted)
-        for kind in set(self.plain) - {"shift"}:
-            self.register_parameter(kind, nn.Parameter(torch.empty(self.sizes[kind])))
-        if self.plain:
-            self.c = nn.Parameter(torch.empty(len(self.plain)))
+        for kind in self.plain:
+            self.register_parameter(f"c_{kind}", nn.Parameter(torch.empty(())))
+            if kind != "shift":
+                self.register_parameter(kind, nn.Parameter(torch.empty(self.sizes[kind])))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for kind in set(self.plain) - {"shift"}:
-            nn.init.constant_(self.get_parameter(kind), STARTS[kind])
-        if self.plain:
-            nn.init.zeros_(self.c)
+        for kind in self.plain:
+            nn.init.zeros_(self.get_parameter(f"c_{kind}"))
+            if kind != "shift":
+                nn.init.constant_(self.get_parameter(kind), STARTS[kind])
 
     def effective(self, predicted: dict[str, Tensor]) -> Weights:
         """W' (out, in) and b' (out), named as a plain layer's would be."""
         v = dict(predicted)
-        for kind, c in zip(self.plain, self.c if self.plain else (), strict=True):
+        for kind in self.plain:
+            c = self.get_parameter(f"c_{kind}")
             v[kind] = c if kind == "shift" else self.get_parameter(kind) + c
         w, b = self.weight, self.bias
         w = w * v["m_out"].unsqueeze(1) if "m_out" in v else w
@@ -338,6 +341,19 @@ class Output(NamedTuple):  # CHANGED
     bias: Tensor | None
 
 
+def regrouped(
+    groups: list[dict[str, Any]], model: nn.Module, special: dict[str, tuple[str, float]]
+) -> list[dict[str, Any]]:
+    """The groups, with the parameters named in `special` in groups of their own: name -> role, lr_scale."""
+    own = dict(model.named_parameters())
+    taken = {id(own[name]) for name in special}
+    groups = [{**g, "params": [p for p in g["params"] if id(p) not in taken]} for g in groups]
+    for role, scale in sorted(set(special.values())):
+        params = [own[name] for name, key in special.items() if key == (role, scale)]
+        groups.append({"params": params, "role": role, "lr_scale": scale})
+    return [g for g in groups if g["params"]]
+
+
 class Runner(ModelRunner):
     Config = Config
 
@@ -345,7 +361,7 @@ class Runner(ModelRunner):
         return GPT(self.config)
 
     # CHANGED: to the end of the class
-    training_only = ("*.m_out", "*.a_out", "*.m_in", "*.a_in", "*.c", "predictors.*")
+    training_only = ("*.m_out", "*.a_out", "*.m_in", "*.a_in", "*.c_*", "predictors.*")
 
     def step(self, model: nn.Module, batch: Batch) -> StepOut:
         return linear_cross_entropy(model(batch.ids), model.output(), batch.targets)  # type: ignore[operator]
@@ -358,19 +374,24 @@ class Runner(ModelRunner):
         return computed_once(model, model.effective)  # type: ignore[arg-type]
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Modulating vectors get no weight decay, whatever their shape; S learns slower by exp_mul.
+        """Modulating vectors get no weight decay, whatever their shape, and all that makes them rates to measure.
 
-        Under Adam a step moves S z by the rate times the size of z, which is exp_mul times the usual.
+        Under Adam and Adagrad a step moves an entry by about the rate, so a product by the rate times its fan-in.
+        Divided by that a predicted vector moves as fast as a plain one. It should not move faster: it moves a
+        whole weight.
         """
-        slow = [p for name, p in model.named_parameters() if name.endswith(".enter")]
-        vectors = [p for name, p in model.named_parameters() if name.endswith((".z", "_rest"))]
-        special = {id(p) for p in slow + vectors}
-        groups = [
-            {**g, "params": [p for p in g["params"] if id(p) not in special]} for g in super().param_groups(model)
-        ]
-        groups.append({"params": slow, "role": "matrix", "lr_scale": 1 / self.config.exp_mul})
-        groups.append({"params": vectors, "role": "vector"})
-        return [g for g in groups if g["params"]]
+        groups = super().param_groups(model)
+        special: dict[str, tuple[str, float]] = {}
+        for name, p in model.named_parameters():
+            own, kind = name.split(".")[-1], next((k for k in STARTS if k in name.split(".")[-1]), "")
+            if name.startswith("predictors."):
+                vector = p.ndim == 1 or own == "z" or own.endswith("_rest")
+                # z meets S, whose entries are 1/√fan-in
+                fan_in = 1.0 if p.ndim == 1 or own.endswith("_rest") else p.shape[1] ** (0.5 if own == "z" else 1.0)
+                special[name] = ("vector" if vector else "matrix", RATES.get(kind, 1.0) / fan_in)
+            elif kind:
+                special[name] = ("vector", RATES.get(kind, 1.0))
+        return regrouped(groups, model, special)
 
     @torch.no_grad()
     def fold(self, model: nn.Module) -> nn.Module:

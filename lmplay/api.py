@@ -323,6 +323,13 @@ class ModelRunner:
             groups.setdefault((role, id(p) in rows), []).append(p)
         return [{"params": ps, "role": role, "rows": sparse} for (role, sparse), ps in groups.items()]
 
+    def adopt(self, model: nn.Module, tensors: dict[str, Tensor], say: Callable[[str], None]) -> set[str]:
+        """Make something of a trained model's tensors that fit no parameter by name and shape.
+
+        Returns the names that were used; `say` hears about the progress of long work.
+        """
+        return set()
+
     def fold(self, model: nn.Module) -> nn.Module:
         """The same function without the weights that served training only."""
         return model

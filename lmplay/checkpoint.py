@@ -36,6 +36,12 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.path.name)
 
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of the model's tensors."""
+        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        return str(manifest["model.safetensors"]["sha256"])
+
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of the file `name`.safetensors, on the CPU."""
         try:

@@ -111,7 +111,7 @@ def _own_curve(path: Path) -> Curve:
             path.parent.name,
             run["plan_name"],
             identity["plan"],
-            identity["variant"],
+            run.get("label", identity["variant"]),
             path,
             read_curve(path),
             run,

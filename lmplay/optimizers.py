@@ -102,6 +102,8 @@ class Optimizers:
 
     def __init__(self, spec: OptimizerSpec, groups: list[dict[str, Any]], model: nn.Module):
         check_groups(groups, model)
+        groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]  # without frozen ones
+        groups = [g for g in groups if g["params"]]
         self.spec, self.model = spec, model
         self.notes: list[str] = []
         self.parts: list[torch.optim.Optimizer] = []

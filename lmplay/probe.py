@@ -187,6 +187,8 @@ def without_gradient(runner: ModelRunner, model: nn.Module, batch: Batch) -> lis
     runner.step(model, batch).loss_sum.backward()
     idle = []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         grad = p.grad
         if grad is not None and grad.is_sparse:
             grad = grad.coalesce().values()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import checkpoint, generate, probe
+from . import checkpoint, generate, initial, probe
 from .api import ModelRunner
 from .data.packing import IGNORE, Arrays, ValidationSet, mixtures
 from .data.shards import Prepared
@@ -26,6 +26,7 @@ from .errors import LmplayError, NotFiniteError
 from .optimizers import Optimizers, factor
 from .plan import Plan, Step
 from .report import Report
+from .restore import Restored
 from .runs import RunFolder
 from .stats import TRAIN, VALIDATE, Curve
 
@@ -55,6 +56,15 @@ class Options:
     keep: int = 2
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run's weights begin, and which of them it trains."""
+
+    initial: Restored | None = None
+    freeze: tuple[str, ...] = ()
+    train_only: tuple[str, ...] = ()
+
+
 class Stopped(Exception):
     """A signal asked to stop; the run was saved. `status` is the exit status."""
 
@@ -68,7 +78,8 @@ class Trainer:
 
     def __init__(
         self, plan: Plan, prepared: Prepared, runner: ModelRunner, seed: int, device: torch.device,
-        precision: Precision, run: RunFolder, report: Report, options: Options, rank: int = 0, world: int = 1,
+        precision: Precision, run: RunFolder, report: Report, options: Options, start: Start | None = None,
+        rank: int = 0, world: int = 1,
     ):  # fmt: skip
         self.plan, self.prepared, self.runner, self.seed = plan, prepared, runner, seed
         self.device, self.precision, self.run, self.report, self.options = (
@@ -84,7 +95,12 @@ class Trainer:
         self.streams = mixtures(plan, prepared, self.length)
         self.validation = ValidationSet(plan, prepared, self.length)
         self.token_bytes = prepared.tokenizer.token_bytes
+        self.start = start or Start()
         self.model = probe.build_model(runner, seed).to(device)
+        frozen = initial.freeze(self.model, self.start.freeze, self.start.train_only)
+        if frozen:
+            total = sum(1 for _ in self.model.parameters())
+            report.note(f"frozen: {len(frozen)} of {total} tensors ({', '.join(frozen[:4])}, ...)")
         self.trained: nn.Module = self.model
         if options.compile_model:
             self.trained = torch.compile(self.model)  # type: ignore[assignment]
@@ -412,7 +428,7 @@ class Trainer:
         self.saved_place = replace(self.place)
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint that verifies; False where there is none.
+        """Go on from the newest checkpoint that verifies; where there is none, start, and return False.
 
         Curves are cut back to the checkpoint, so that no row is doubled or missing.
         """
@@ -420,6 +436,9 @@ class Trainer:
         if found is None:
             self.train_curve.cut(0)
             self.validate_curve.cut(0)
+            if self.start.initial is not None:
+                fingerprint = self.prepared.tokenizer.fingerprint
+                initial.adopt(self.runner, self.model, self.start.initial, fingerprint, self.report.note)
             return False
         self.place = Place(**found.state["place"])
         if self.place.plan_step < len(self.plan.steps):

@@ -6,15 +6,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import LmplayError
 from . import ending
 from .trainer import positive_int
-
-if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
-    from ..runs import RunFolder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,54 +39,6 @@ def main(argv: list[str] | None = None) -> int:
     return ending("lmp_generator", lambda: command(args))
 
 
-def locate(model: Path | None, out: Path) -> tuple[RunFolder, Checkpoint]:
-    """The run and checkpoint that --model names; without it the newest run that has a checkpoint.
-
-    Raises:
-        LmplayError: there is none, or it cannot be used.
-    """
-    from ..checkpoint import verify
-    from ..runs import RUN_FILE, RunFolder, find_runs
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    if model is None:
-        for run in reversed(find_runs(out)):
-            found = run.newest(say)
-            if found is not None:
-                say(f"model: {run.path}")
-                return run, found
-        raise LmplayError(
-            f"{out}: there is no run with a checkpoint; lmp_trainer makes one, --model names one elsewhere"
-        )
-    if model.is_file():
-        kind = "it is a pickle, which can run code when it is read: refused; " if is_pickle(model) else ""
-        raise LmplayError(f"--model {model}: {kind}a run's folder or a checkpoint's folder is wanted")
-    if not model.is_dir():
-        raise LmplayError(f"--model {model}: there is no such folder")
-    if (model / RUN_FILE).exists():
-        run = RunFolder(model)
-        found = run.newest(say)
-        if found is None:
-            raise LmplayError(f"--model {model}: this run has no checkpoint yet")
-        return run, found
-    run = RunFolder(model.resolve().parent.parent)
-    if not (run.path / RUN_FILE).exists():
-        raise LmplayError(f"--model {model}: this is neither a run nor a checkpoint of one")
-    try:
-        return run, verify(model)
-    except LmplayError as e:
-        raise LmplayError(f"--model {model}: {e}") from e
-
-
-def is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle or torch's archive of one, by its first bytes."""
-    with open(path, "rb") as file:
-        head = file.read(4)
-    return head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
-
-
 def command(args: argparse.Namespace) -> int:
     from ..devices import tune_memory
 
@@ -105,24 +52,16 @@ def command(args: argparse.Namespace) -> int:
             prompt = Path(prompt).read_text(encoding="utf-8")
         except UnicodeDecodeError as e:
             raise LmplayError(f"{args.prompt}: it cannot be read as text: {e}") from e
-    run, found = locate(args.model, args.out)
 
-    from .. import checkpoint, probe
     from ..devices import pick_device
+    from ..restore import locate, restore
 
     device = pick_device(args.device)
-    tokenizer = run.tokenizer()
-    experiment = run.experiment()
-    config = experiment.config_type(**run.read()["identity"]["config"])
-    if config.vocab_size != tokenizer.vocab_size:
-        raise LmplayError(
-            f"{run.path}: the vocabulary does not match: the model has {config.vocab_size} tokens, "
-            f"its tokenizer {tokenizer.vocab_size}"
-        )
-    runner = experiment.runner(config)
-    model = probe.build_model(runner, 0)
-    checkpoint.load_model_tensors(model, found.tensors("model"), found.path)
-    model = runner.fold(model.to(device))
+    restored = restore(*locate(args.model, args.out, lambda text: print(text, file=sys.stderr), "--model"))
+    tokenizer, config, runner = restored.tokenizer, restored.config, restored.runner
+    model = restored.model.to(device)
+    if not restored.folded:
+        model = runner.fold(model)
     ids = tokenizer.encode(prompt)
     streams = [TextStream(tokenizer) for _ in range(args.num_samples)]
     ended = [False] * args.num_samples

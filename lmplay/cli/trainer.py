@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..discover import Source, find, list_sources, load
 from ..errors import LmplayError
@@ -15,10 +16,14 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from ..api import Batch
+    from ..data.shards import Prepared
+    from ..devices import Precision
     from ..discover import Experiment
+    from ..match import Match
     from ..plan import Plan
     from ..report import Report
-    from ..trainer import Trainer
+    from ..trainer import Start, Trainer
 
 EPILOG = """examples:
   lmp_trainer --exp list                               what can be trained
@@ -27,6 +32,8 @@ EPILOG = """examples:
   lmp_trainer --exp my_idea.py --minutes 5             your own file
   lmp_trainer --exp ue --set front_embed_mul=16        another setting
   lmp_trainer --exp ue --describe                      what it is and how large
+  lmp_trainer --exp ue --match params                  its control: the baseline with as many parameters
+  lmp_trainer --exp ue --initial-model RUN             go on from a trained run, also another experiment's
 
 exit status: 0 done, 1 an error that its line explains, 2 wrong usage, 3 loss or gradient not finite,
 130 stopped by Ctrl-C, 143 stopped by SIGTERM (both saved; the same command goes on)."""
@@ -52,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mini-batch-size", type=positive_int, metavar="N", help="sequences in a pass (found by trying)")
     p.add_argument("--seed", type=int, help="of weights and dropout, never of the data's order (the plan's)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a Config field")
+    p.add_argument("--match", choices=("params", "flops"), help="train the baseline at the experiment's size instead")
+    p.add_argument("--initial-model", type=Path, metavar="RUN", help="start from a trained run's weights")
+    p.add_argument("--freeze", action="append", default=[], metavar="PATTERN", help="parameters that do not train")
+    p.add_argument("--train-only", action="append", default=[], metavar="PATTERN", help="the only ones that do")
     p.add_argument("--minutes", type=positive_float, help="budget of training time, instead of the plan's")
     p.add_argument("--tokens", type=positive_int, help="budget of tokens, instead of the plan's")
     p.add_argument("--steps", type=positive_int, help="budget of optimizer steps, instead of the plan's")
@@ -159,17 +170,28 @@ def choose_plan(name: str | None, device: torch.device, report: Report) -> tuple
     return path.stem, load_plan(path)
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a command line stands for: which model, on what, with which budget."""
+
+    args: argparse.Namespace
+    experiment: Experiment
+    overrides: dict[str, str]
+    memory: str
+    console: Console
+    report: Report
+    device: torch.device
+    precision: Precision
+    plan_name: str
+    plan: Plan
+
+
 def train(
     args: argparse.Namespace, experiment: Experiment, overrides: dict[str, str], memory: str, console: Console
 ) -> int:
-    import torch
-
-    from .. import __version__
     from ..data.shards import prepare, vocab_size
-    from ..devices import describe_device, pick_device, pick_precision
+    from ..devices import pick_device, pick_precision
     from ..report import Report
-    from ..runs import RunFolder, folder_name, git_state, identity
-    from ..trainer import Options, Stopped, Trainer
 
     report = Report(console)
     device = pick_device(args.device)
@@ -178,42 +200,102 @@ def train(
         report.note(precision.note)
     plan_name, plan = choose_plan(args.training_plan, device, report)
     plan = plan.with_budget(args.tokens, args.steps, args.minutes)
+    job = Job(args, experiment, overrides, memory, console, report, device, precision, plan_name, plan)
+    if args.describe:  # sizes are known without the data, which may be on a hub that is out of reach
+        with report:
+            config = sized_config(job, vocab_size(plan, report.preparing))
+        describe(experiment, experiment.runner(config), config, console)
+        return 0
+    with report:
+        prepared = prepare(plan, report.preparing)
+    config = sized_config(job, prepared.tokenizer.vocab_size)
+    if args.match:
+        return train_run(*matched(job, config, prepared), prepared)
+    return train_run(job, config, None, prepared)
+
+
+def sized_config(job: Job, vocab: int) -> Any:
+    """The experiment's Config at the plan's sizes."""
+    config, without = job.experiment.config({**job.plan.sizes(), "vocab_size": vocab}, job.overrides)
+    if without:
+        job.report.note(f"{job.experiment.variant} has no {', '.join(without)}: the plan's is not used")
+    return config
+
+
+def sample_batch(job: Job, config: Any, prepared: Prepared) -> tuple[Batch, int]:
+    """Real sequences to measure a model's cost with, and how often they go into an optimizer step."""
+    from ..data.packing import mixtures
+    from ..probe import to_batch
+
+    size = min(job.plan.batch.batch_size, max(1, 2048 // config.max_len))
+    arrays = mixtures(job.plan, prepared, config.max_len)[0].batch(0, size)
+    return to_batch(arrays, slice(None), job.device), -(-job.plan.batch.batch_size // size)
+
+
+def matched(job: Job, config: Any, prepared: Prepared) -> tuple[Job, Any, Match]:
+    """The job that trains the baseline at the size that --match asks for, its Config, and how it was found."""
+    from ..match import match, measure
+
+    source = job.experiment.source
+    if job.experiment.variant == source.baseline:
+        raise LmplayError(f"--match: {source.baseline} is its own baseline; --exp names what it is matched to")
+    job.report.note(f"looking for the size of {source.baseline} that matches {job.experiment.variant} ...")
+    wanted = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
+    to = "-".join([job.experiment.variant, *(f"{k}={v}" for k, v in sorted(job.overrides.items()))])
+    baseline = load(*find(source.baseline))
+    plain = replace(job, experiment=baseline, overrides={})
+    base_config = sized_config(plain, prepared.tokenizer.vocab_size)
+    found = match(wanted, to, baseline, base_config, job.args.match, job.device)
+    job.report.note(found.sentence())
+    chosen = replace(plain, overrides={found.field: str(found.value)})
+    return chosen, sized_config(chosen, prepared.tokenizer.vocab_size), found
+
+
+def start_of(args: argparse.Namespace, report: Report) -> Start:
+    """Initial weights and frozen patterns, as the command line names them."""
+    from ..restore import locate, restore
+    from ..trainer import Start
+
+    restored = None
+    if args.initial_model is not None:
+        restored = restore(*locate(args.initial_model, args.out, report.note, "--initial-model"))
+    return Start(restored, tuple(args.freeze), tuple(args.train_only))
+
+
+def train_run(job: Job, config: Any, match: Match | None, prepared: Prepared) -> int:
+    """Train, or go on with, the run that the job's folder stands for."""
+    import torch
+
+    from ..devices import describe_device
+    from ..runs import RunFolder, folder_name, git_state, identity
+    from ..trainer import Options, Stopped, Trainer
+
+    args, experiment, report = job.args, job.experiment, job.report
     commit, diff = git_state(Path.cwd())
     if args.no_dirty and commit is None:
         raise LmplayError("--no-dirty: there is no git commit here that the tree could be compared with")
     if args.no_dirty and diff:
         raise LmplayError("--no-dirty: the tree has uncommitted changes (git status shows them); commit or stash them")
-
-    with report:
-        if args.describe:  # sizes are known without the data, which may be on a hub that is out of reach
-            vocab = vocab_size(plan, report.preparing)
-        else:
-            prepared = prepare(plan, report.preparing)
-            vocab = prepared.tokenizer.vocab_size
-    config, without = experiment.config({**plan.sizes(), "vocab_size": vocab}, overrides)
-    if without:
-        report.note(f"{experiment.variant} has no {', '.join(without)}: the plan's is not used")
     runner = experiment.runner(config)
-    if args.describe:
-        describe(experiment, runner, config, console)
-        return 0
-
-    seed = plan.seed if args.seed is None else args.seed
+    seed = job.plan.seed if args.seed is None else args.seed
+    start = start_of(args, report)
     wanted = identity(
-        plan, experiment, config, seed, precision.name, prepared.tokenizer.fingerprint, prepared.fingerprint
+        job.plan, experiment, config, seed, job.precision.name, prepared.tokenizer.fingerprint, prepared.fingerprint
     )
-    budgets = [
-        f"{value:g}{unit}"
-        for value, unit in ((args.tokens, "tokens"), (args.steps, "steps"), (args.minutes, "min"))
-        if value
-    ]
-    extras = budgets + ([precision.name] if precision.name != "fp32" else [])
-    run = RunFolder(args.out / plan_name / folder_name(experiment.variant, overrides, extras, seed))
+    if start.initial is not None:
+        wanted["initial"] = start.initial.found.fingerprint
+    if start.freeze or start.train_only:
+        wanted["frozen"] = [list(start.freeze), list(start.train_only)]
+    run = RunFolder(args.out / job.plan_name / folder_name(experiment.variant, *name_parts(job, match), seed))
     options = Options(args.compile_model, args.save_minutes)
-    if args.check_grads or args.profile:
-        trainer = Trainer(plan, prepared, runner, seed, device, precision, run, report, options)
-        return check_grads(trainer) if args.check_grads else profile(trainer, args, console)
 
+    def trainer_of() -> Trainer:
+        return Trainer(
+            job.plan, prepared, runner, seed, job.device, job.precision, run, report, options, start
+        )  # fmt: skip
+
+    if args.check_grads or args.profile:
+        return check_grads(trainer_of()) if args.check_grads else profile(trainer_of(), args, job.console)
     try:
         exists = run.open(wanted, args.fresh)
         report.log_path = run.path / "log.txt"
@@ -221,33 +303,14 @@ def train(
             report.note(f"{run.path} is finished; --fresh trains it again")
             print_summary(run.read()["summary"])
             return 0
-        report.note(f"{experiment.variant} on {plan_name}, seed {seed}, {describe_device(device)}, {precision.name}")
-        trainer = Trainer(plan, prepared, runner, seed, device, precision, run, report, options)
+        report.note(
+            f"{experiment.variant} on {job.plan_name}, seed {seed}, {describe_device(job.device)}, {job.precision.name}"
+        )
+        trainer = trainer_of()
         known = run.read() if exists else {}
         if not exists:
-            run.create(
-                {
-                    "identity": wanted,
-                    "plan_name": plan_name,
-                    "plan": plan.model_dump(mode="json", by_alias=True),
-                    "baseline": experiment.source.baseline,
-                    "idea": experiment.source.idea,
-                    "overrides": overrides,
-                    "command": ["lmp_trainer", *sys.argv[1:]],
-                    "device": describe_device(device),
-                    "memory": memory,
-                    "versions": {
-                        "lmplay": __version__,
-                        "torch": torch.__version__,
-                        "python": sys.version.split()[0],
-                    },
-                    "threads": torch.get_num_threads(),
-                    "compiled": args.compile_model,
-                    "git": {"commit": commit, "dirty": bool(diff)},
-                },
-                experiment,
-                prepared.tokenizer,
-            )
+            content = {"identity": wanted, **provenance(job, match, (commit, diff)), **sizes(job, config, prepared)}
+            run.create(content, experiment, prepared.tokenizer)
             if diff:
                 (run.path / "uncommitted.diff").write_text(diff, encoding="utf-8")
         elif known.get("threads") != torch.get_num_threads():
@@ -275,6 +338,62 @@ def train(
         run.close()
 
 
+def name_parts(job: Job, match: Match | None) -> tuple[dict[str, str], list[str]]:
+    """What a run's folder says beside the variant and the seed: settings, and how it was budgeted and begun."""
+    args = job.args
+    settings = {f"match_{match.what}": match.to} if match else dict(job.overrides)
+    budgets = ((args.tokens, "tokens"), (args.steps, "steps"), (args.minutes, "min"))
+    extras = [f"{value:g}{unit}" for value, unit in budgets if value]
+    extras += [job.precision.name] if job.precision.name != "fp32" else []
+    extras += [f"from={args.initial_model.resolve().name}"] if args.initial_model else []
+    extras += [f"freeze={p}" for p in args.freeze] + [f"train_only={p}" for p in args.train_only]
+    return settings, extras
+
+
+def provenance(job: Job, match: Match | None, git: tuple[str | None, str | None]) -> dict[str, Any]:
+    """What run.json says about where a run comes from."""
+    import torch
+
+    from .. import __version__
+    from ..devices import describe_device
+
+    told: dict[str, Any] = {
+        "plan_name": job.plan_name,
+        "plan": job.plan.model_dump(mode="json", by_alias=True),
+        "baseline": job.experiment.source.baseline,
+        "idea": job.experiment.source.idea,
+        "overrides": job.overrides,
+        "command": ["lmp_trainer", *sys.argv[1:]],
+        "device": describe_device(job.device),
+        "memory": job.memory,
+        "versions": {"lmplay": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+        "threads": torch.get_num_threads(),
+        "compiled": job.args.compile_model,
+        "git": {"commit": git[0], "dirty": bool(git[1])},
+    }
+    if match is not None:
+        told["match"] = asdict(match)
+        told["label"] = f"{job.experiment.variant}, {match.what} of {match.to}"
+    elif job.args.initial_model is not None:
+        told["label"] = f"{job.experiment.variant} from {job.args.initial_model.resolve().name}"
+        told["initial_model"] = str(job.args.initial_model)
+    return told
+
+
+def sizes(job: Job, config: Any, prepared: Prepared) -> dict[str, Any]:
+    """What the model costs, for run.json; said aloud beside the baseline's where it has another one's."""
+    from ..match import beside, measure
+
+    own = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
+    baseline = job.experiment.source.baseline
+    if job.experiment.variant != baseline:
+        base = replace(job, experiment=load(*find(baseline)), overrides={})
+        base_config = sized_config(base, prepared.tokenizer.vocab_size)
+        base_size = measure(base.experiment.runner(base_config), *sample_batch(base, base_config, prepared))
+        job.report.note(beside(own, base_size, baseline))
+    return {"sizes": asdict(own)}
+
+
 def print_summary(summary: dict[str, object]) -> None:
     """`key: value` lines that a grep finds."""
     for key, value in summary.items():
@@ -284,11 +403,12 @@ def print_summary(summary: dict[str, object]) -> None:
 def describe(experiment: Experiment, runner: object, config: object, console: Console) -> None:
     """Docstring, config with what differs from the defaults, sizes and FLOPs."""
     import dataclasses
+    from fnmatch import fnmatch
 
     import torch
 
-    from .. import probe
     from ..api import Batch, ModelRunner
+    from ..match import measure
     from ..report import count
 
     assert isinstance(runner, ModelRunner)
@@ -299,20 +419,21 @@ def describe(experiment: Experiment, runner: object, config: object, console: Co
         value = getattr(config, field.name)
         note = "" if value == field.default else f"   (default {field.default})"
         print(f"  {field.name} = {value}{note}")
-    model = probe.build_model(runner, 0)
-    total, extra = probe.parameter_counts(runner, model)
     length = config.max_len  # type: ignore[attr-defined]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)  # type: ignore[attr-defined]
-    flops = probe.count_flops(runner, model, Batch(ids, ids))
-    print(f"\nparameters: {total} ({count(total)})\ntraining_only_parameters: {extra} ({count(extra)})")
+    size = measure(runner, Batch(ids, ids))
+    extra, folded = size.training_only, size.folded
+    print(f"\nparameters: {size.parameters} ({count(size.parameters)})")
+    print(f"training_only_parameters: {extra} ({count(extra)})\nfolded_parameters: {folded} ({count(folded)})")
     if extra:
-        from fnmatch import fnmatch
-
-        for name, p in model.named_parameters():
+        with torch.device("meta"):
+            names = {name: list(p.shape) for name, p in runner.build().named_parameters()}
+        for name, shape in names.items():
             if any(fnmatch(name, pattern) for pattern in runner.training_only):
-                print(f"  {name} {list(p.shape)}")
-    print(f"flops_per_token: {flops:.4g} ({count(flops)}; training, one sequence of {length})")
+                print(f"  {name} {shape}")
+    print(f"flops_per_token: {size.flops:.4g} ({count(size.flops)}; training, one sequence of {length})")
+    print(f"inference_flops_per_token: {size.inference_flops:.4g} ({count(size.inference_flops)}; folded, the same)")
 
 
 def check_grads(trainer: Trainer) -> int:

@@ -1,0 +1,96 @@
+"""Finding a trained model and loading it: what generating, cleaning and starting from a run have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import checkpoint, probe
+from .api import ModelRunner
+from .checkpoint import Checkpoint, verify
+from .discover import Experiment
+from .errors import LmplayError
+from .runs import RUN_FILE, RunFolder, find_runs
+from .tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A run's model as its checkpoint holds it; `folded` says that it was cleaned before it was saved."""
+
+    run: RunFolder
+    found: Checkpoint
+    experiment: Experiment
+    config: Any
+    runner: ModelRunner
+    model: nn.Module
+    tokenizer: Tokenizer
+    folded: bool
+
+
+def locate(model: Path | None, out: Path, say: Callable[[str], None], option: str) -> tuple[RunFolder, Checkpoint]:
+    """The run and checkpoint that a path names; without one the newest run below `out` that has a checkpoint.
+
+    Raises:
+        LmplayError: there is none, or it cannot be used; the message begins with `option`, as the user wrote it.
+    """
+    if model is None:
+        for run in reversed(find_runs(out)):
+            found = run.newest(say)
+            if found is not None:
+                say(f"model: {run.path}")
+                return run, found
+        raise LmplayError(f"{out}: there is no run with a checkpoint; lmp_trainer makes one, {option} names one")
+    if model.is_file():
+        kind = "it is a pickle, which can run code when it is read: refused; " if is_pickle(model) else ""
+        raise LmplayError(f"{option} {model}: {kind}a run's folder or a checkpoint's folder is wanted")
+    if not model.is_dir():
+        raise LmplayError(f"{option} {model}: there is no such folder")
+    if (model / RUN_FILE).exists():
+        run = RunFolder(model)
+        found = run.newest(say)
+        if found is None:
+            raise LmplayError(f"{option} {model}: this run has no checkpoint yet")
+        return run, found
+    run = RunFolder(model.resolve().parent.parent)
+    if not (run.path / RUN_FILE).exists():
+        raise LmplayError(f"{option} {model}: this is neither a run nor a checkpoint of one")
+    try:
+        return run, verify(model)
+    except LmplayError as e:
+        raise LmplayError(f"{option} {model}: {e}") from e
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle or torch's archive of one, by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    return head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+
+
+def restore(run: RunFolder, found: Checkpoint) -> Restored:
+    """Build the run's model from its own copy of the source and load the checkpoint, on the CPU.
+
+    Raises:
+        LmplayError: source, tokenizer or tensors do not fit together.
+    """
+    content = run.read()
+    tokenizer = run.tokenizer()
+    experiment = run.experiment()
+    config = experiment.config_type(**content["identity"]["config"])
+    if config.vocab_size != tokenizer.vocab_size:
+        raise LmplayError(
+            f"{run.path}: the vocabulary does not match: the model has {config.vocab_size} tokens, "
+            f"its tokenizer {tokenizer.vocab_size}"
+        )
+    runner = experiment.runner(config)
+    model = probe.build_model(runner, 0)
+    folded = bool(content.get("cleaned"))
+    if folded:
+        model = runner.fold(model)
+    checkpoint.load_model_tensors(model, found.tensors("model"), found.path)
+    return Restored(run, found, experiment, config, runner, model, tokenizer, folded)
