@@ -3,13 +3,13 @@
 The idea: each of the family's ideas acts on another part of the model, so their gains might add up.
 
     e(v) = W2 gelu(W1 a(E[v]) + b1) + b2                                                as in ue.py
-    W' = (W ⊙ (m_out + c1) + (a_out + c2)) by row, then the same by column; b' = b + c5    as uw1 in uw.py
+    W' = (W ⊙ (m_out + c1) + a_out) by row, then the same by column; b' = b + c3        as uw1 in uw.py
     x + f becomes α x + β f, factors in (.4, 1.5), trained                               as in lra.py
     v = LN_h(W_v x), with value_norm                                                    as in value_norm.py
 
 `all1` holds the first three. `fold` tabulates the embedding and multiplies the weights out; α, β and the value
 norm stay, so that no standard architecture holds what is left.
-Training-only parameters: the front table and its network (see ue.py), 2 (in + out) + 5 a linear layer.
+Training-only parameters: the front table and its network (see ue.py), 2 (in + out) + 3 a linear layer.
 
 The claim (to be tested): better than each of its parts.
 Result so far: RESULT_combined
@@ -87,7 +87,7 @@ Weights = dict[str, Tensor]  # the effective weights and biases of the unified l
 class UnifiedLinear(Linear):
     """A linear layer whose weight is modulated by vectors; `path` is its name in the model.
 
-    Each vector has a number c that moves it as a whole.
+    A factor has a number c that moves it as a whole.
     """
 
     plain: tuple[str, ...] = ()
@@ -100,7 +100,8 @@ class UnifiedLinear(Linear):
             self.sizes["shift"] = out_features
         self.plain = tuple(self.sizes) if c.unify_linear else ()
         for kind in self.plain:
-            self.register_parameter(f"c_{kind}", nn.Parameter(torch.empty(())))
+            if kind not in RATES:
+                self.register_parameter(f"c_{kind}", nn.Parameter(torch.empty(())))
             if kind != "shift":
                 self.register_parameter(kind, nn.Parameter(torch.empty(self.sizes[kind])))
         self.reset_parameters()
@@ -108,7 +109,8 @@ class UnifiedLinear(Linear):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         for kind in self.plain:
-            nn.init.zeros_(self.get_parameter(f"c_{kind}"))
+            if kind not in RATES:
+                nn.init.zeros_(self.get_parameter(f"c_{kind}"))
             if kind != "shift":
                 nn.init.constant_(self.get_parameter(kind), STARTS[kind])
 
@@ -116,8 +118,12 @@ class UnifiedLinear(Linear):
         """W' (out, in) and b' (out), named as a plain layer's would be."""
         v = {}
         for kind in self.plain:
-            c = self.get_parameter(f"c_{kind}")
-            v[kind] = c if kind == "shift" else self.get_parameter(kind) + c
+            if kind == "shift":
+                v[kind] = self.get_parameter("c_shift")
+            elif kind in RATES:
+                v[kind] = self.get_parameter(kind)
+            else:
+                v[kind] = self.get_parameter(kind) + self.get_parameter(f"c_{kind}")
         w, b = self.weight, self.bias
         w = w * v["m_out"].unsqueeze(1) if "m_out" in v else w
         w = w + v["a_out"].unsqueeze(1) if "a_out" in v else w
@@ -302,7 +308,7 @@ class Runner(ModelRunner):
         """What is added to W learns at the rate of RATES: its steps are beside entries of .02."""
         groups = super().param_groups(model)
         own = dict(model.named_parameters())
-        slow = {name: RATES[kind] for name in own for kind in RATES if name.endswith((f".{kind}", f".c_{kind}"))}
+        slow = {name: RATES[kind] for name in own for kind in RATES if name.endswith(f".{kind}")}
         taken = {id(own[name]) for name in slow}
         groups = [{**g, "params": [p for p in g["params"] if id(p) not in taken]} for g in groups]
         for scale in sorted(set(slow.values())):

@@ -129,7 +129,7 @@ Weights = dict[str, Tensor]  # the effective weights and biases of the unified l
 class UnifiedLinear(Linear):
     """A linear layer whose weight is modulated by vectors; `path` is its name in the model.
 
-    Plain vectors are its own, each with a number c that moves it as a whole; predicted ones are given.
+    Plain vectors are its own, a factor with a number c that moves it as a whole; predicted ones are given.
     """
 
     plain: tuple[str, ...] = ()
@@ -145,7 +145,8 @@ class UnifiedLinear(Linear):
         self.predicted = tuple(k for k in self.sizes if c.how(k) == "predicted" and k not in rows)
         self.plain = tuple(k for k in self.sizes if c.how(k) != "off" and k not in self.predicted)
         for kind in self.plain:
-            self.register_parameter(f"c_{kind}", nn.Parameter(torch.empty(())))
+            if kind not in RATES:
+                self.register_parameter(f"c_{kind}", nn.Parameter(torch.empty(())))
             if kind != "shift":
                 self.register_parameter(kind, nn.Parameter(torch.empty(self.sizes[kind])))
         self.reset_parameters()
@@ -153,7 +154,8 @@ class UnifiedLinear(Linear):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         for kind in self.plain:
-            nn.init.zeros_(self.get_parameter(f"c_{kind}"))
+            if kind not in RATES:
+                nn.init.zeros_(self.get_parameter(f"c_{kind}"))
             if kind != "shift":
                 nn.init.constant_(self.get_parameter(kind), STARTS[kind])
 
@@ -161,8 +163,12 @@ class UnifiedLinear(Linear):
         """W' (out, in) and b' (out), named as a plain layer's would be."""
         v = dict(predicted)
         for kind in self.plain:
-            c = self.get_parameter(f"c_{kind}")
-            v[kind] = c if kind == "shift" else self.get_parameter(kind) + c
+            if kind == "shift":
+                v[kind] = self.get_parameter("c_shift")
+            elif kind in RATES:
+                v[kind] = self.get_parameter(kind)
+            else:
+                v[kind] = self.get_parameter(kind) + self.get_parameter(f"c_{kind}")
         w, b = self.weight, self.bias
         w = w * v["m_out"].unsqueeze(1) if "m_out" in v else w
         w = w + v["a_out"].unsqueeze(1) if "a_out" in v else w

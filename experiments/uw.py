@@ -4,7 +4,7 @@ The idea: a step that moves one entry of a weight moves one connection. Vectors 
 step move all of a unit's connections together, and vectors predicted by a shared network let it move all
 layers together. In use there is one plain matrix again.
 
-    W' = (W ⊙ (m_out + c1) + (a_out + c2)) by row, then (· ⊙ (m_in + c3) + (a_in + c4)) by column;  b' = b + c5
+    W' = (W ⊙ (m_out + c1) + a_out) by row, then (· ⊙ (m_in + c2) + a_in) by column;  b' = b + c3
 
 Each of m_out, a_out, m_in, a_in and the bias's shift is off, plain (trained) or predicted:
 
@@ -18,11 +18,13 @@ vocabulary would outweigh the model).
 
 Versions: uw1 plain; uw2 predicted by one network for the model; uw3 by one for each layer; uw4 by one for each
 purpose (query, key, ..., fc2); uw5 the same with depth 2; uw6 by one network without activation, exp_mul 32 (or 64).
-The source leaves open: z has exp_mul D entries in every layer, also where the input is 4 D wide, and the hidden
-layer D units, so that networks can be shared; what makes a vector learns at a rate that moves the vector as fast
-as a plain one, and what is added to W at .02 of that, the size of W's entries (see param_groups).
+The source also adds a number to a_out and to a_in. Left out: it would add the input's sum to all outputs alike,
+and a LayerNorm before or behind removes that. The source leaves open: z has exp_mul D entries in every layer, also
+where the input is 4 D wide, and the hidden layer D units, so that networks can be shared; what makes a vector
+learns at a rate that moves the vector as fast as a plain one, and what is added to W at .02 of that, the size of
+W's entries (see param_groups).
 The effective weights are computed once for all mini-batches of an optimizer step.
-Training-only parameters a layer: in + out twice and 5 numbers (uw1); beside that exp_mul D and the network's
+Training-only parameters a layer: in + out twice and 3 numbers (uw1); beside that exp_mul D and the network's
 exp_mul D² + 5 matrices of each size. All of it folds away.
 
 The claim (to be tested): faster learning than plain layers; better without the blocks' LayerNorms.
@@ -132,7 +134,7 @@ Weights = dict[str, Tensor]  # the effective weights and biases of the unified l
 class UnifiedLinear(Linear):
     """A linear layer whose weight is modulated by vectors; `path` is its name in the model.
 
-    Plain vectors are its own, each with a number c that moves it as a whole; predicted ones are given.
+    Plain vectors are its own, a factor with a number c that moves it as a whole; predicted ones are given.
     """
 
     plain: tuple[str, ...] = ()
@@ -148,7 +150,8 @@ class UnifiedLinear(Linear):
         self.predicted = tuple(k for k in self.sizes if c.how(k) == "predicted" and k not in rows)
         self.plain = tuple(k for k in self.sizes if c.how(k) != "off" and k not in self.predicted)
         for kind in self.plain:
-            self.register_parameter(f"c_{kind}", nn.Parameter(torch.empty(())))
+            if kind not in RATES:
+                self.register_parameter(f"c_{kind}", nn.Parameter(torch.empty(())))
             if kind != "shift":
                 self.register_parameter(kind, nn.Parameter(torch.empty(self.sizes[kind])))
         self.reset_parameters()
@@ -156,7 +159,8 @@ class UnifiedLinear(Linear):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         for kind in self.plain:
-            nn.init.zeros_(self.get_parameter(f"c_{kind}"))
+            if kind not in RATES:
+                nn.init.zeros_(self.get_parameter(f"c_{kind}"))
             if kind != "shift":
                 nn.init.constant_(self.get_parameter(kind), STARTS[kind])
 
@@ -164,8 +168,12 @@ class UnifiedLinear(Linear):
         """W' (out, in) and b' (out), named as a plain layer's would be."""
         v = dict(predicted)
         for kind in self.plain:
-            c = self.get_parameter(f"c_{kind}")
-            v[kind] = c if kind == "shift" else self.get_parameter(kind) + c
+            if kind == "shift":
+                v[kind] = self.get_parameter("c_shift")
+            elif kind in RATES:
+                v[kind] = self.get_parameter(kind)
+            else:
+                v[kind] = self.get_parameter(kind) + self.get_parameter(f"c_{kind}")
         w, b = self.weight, self.bias
         w = w * v["m_out"].unsqueeze(1) if "m_out" in v else w
         w = w + v["a_out"].unsqueeze(1) if "a_out" in v else w

@@ -267,6 +267,7 @@ def train_run(job: Job, config: Any, match: Match | None, prepared: Prepared) ->
     import torch
 
     from ..devices import describe_device
+    from ..initial import freeze
     from ..runs import RunFolder, folder_name, git_state, identity
     from ..trainer import Options, Stopped, Trainer
 
@@ -279,6 +280,8 @@ def train_run(job: Job, config: Any, match: Match | None, prepared: Prepared) ->
     runner = experiment.runner(config)
     seed = job.plan.seed if args.seed is None else args.seed
     start = start_of(args, report)
+    with torch.device("meta"):
+        freeze(runner.build(), start.freeze, start.train_only)  # a wrong pattern is told before a folder is made
     wanted = identity(
         job.plan, experiment, config, seed, job.precision.name, prepared.tokenizer.fingerprint, prepared.fingerprint
     )
