@@ -10,7 +10,8 @@ import base64
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def write_hf(folder: Path, shape: Gpt2, tokenizer: Tokenizer) -> None:
     model.load_state_dict(shape.tensors, assign=True)
     if shape.tied:
         model.tie_weights()
-    model.save_pretrained(folder)
+    with _quiet(transformers):
+        model.save_pretrained(folder)
     fast_tokenizer(tokenizer, shape.max_len).save_pretrained(folder)
 
 
@@ -234,8 +236,10 @@ def write_gguf(file: Path, shape: Gpt2, tokenizer: Tokenizer, name: str) -> None
     import numpy as np
 
     gguf = _need("gguf")
-    if isinstance(tokenizer, Chars):
-        raise LmplayError("GGUF holds no character tokenizer; --format hf or lmplay keeps this model")
+    if isinstance(tokenizer, Chars | Bytes):
+        raise LmplayError(
+            f"GGUF needs a tokenizer with merges, which {tokenizer.kind} has not; --format hf or lmplay keeps it"
+        )
     content = json.loads(backend(tokenizer).to_str())["model"]
     vocab = dict(content["vocab"]) | {EOT: tokenizer.eot}
     tokens = sorted(vocab, key=lambda token: vocab[token])
@@ -295,15 +299,33 @@ Logits = Callable[[Tensor], Tensor]  # ids (B, T) -> logits (B, T, V)
 
 def read_hf(folder: Path) -> tuple[Logits, Any]:
     """What transformers make of the folder: the model's logits, and its tokenizer."""
-    transformers = _need("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    return (lambda ids: model(ids).logits), transformers.AutoTokenizer.from_pretrained(folder)
+    return _read(folder)
 
 
 def read_gguf(file: Path, shape: Gpt2) -> tuple[Logits, Any]:
     """What transformers make of the file; the number of positions they would not take from it."""
+    return _read(file.parent, {"gguf_file": file.name}, {"n_positions": shape.max_len})
+
+
+def _read(folder: Path, both: dict[str, Any] | None = None, model_only: dict[str, Any] | None = None) -> Any:
     transformers = _need("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, n_positions=shape.max_len
-    ).eval()
-    return (lambda ids: model(ids).logits), transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    both = both or {}
+    with _quiet(transformers):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **both, **(model_only or {})).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **both)
+    return (lambda ids: model(ids, attention_mask=torch.ones_like(ids)).logits), tokenizer
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without their progress bars and advice: what matters is said by us."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

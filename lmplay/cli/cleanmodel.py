@@ -78,6 +78,8 @@ def command(args: argparse.Namespace) -> int:
         raise LmplayError(f"--out {out}: something is there already, and it is not overwritten")
     if args.format != "lmplay":
         require(args.format)
+    elif restored.folded:
+        raise LmplayError(f"{restored.run.path} is clean already; --format hf or gguf writes it for others")
     device = pick_device(args.device)
     with report:
         batches = validation(restored, report)

@@ -1,0 +1,115 @@
+"""Starting from a trained run, freezing, and the way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import Command, write_plan
+from safetensors.torch import load_file
+
+from lmplay import checkpoint, initial, testing
+from lmplay.errors import LmplayError
+
+
+@pytest.fixture
+def trained(command: Command, tmp_path: Path) -> Path:
+    """A trained gpt2ish on the plan tiny.json, in gpt_out of the commands' folder."""
+    plan = write_plan(tmp_path)
+    assert command("lmp_trainer", "--training-plan", str(plan)).returncode == 0
+    return tmp_path / "gpt_out/tiny/gpt2ish-s0"
+
+
+def losses(run: Path) -> list[float]:
+    return pd.read_csv(run / "validate.csv")["loss"].tolist()
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
+
+
+def test_ue_starts_where_the_plain_model_ended(command: Command, tmp_path: Path, trained: Path) -> None:
+    done = command("lmp_trainer", "--exp", "ue", "--training-plan", "tiny.json", "--initial-model", str(trained))
+    assert done.returncode == 0, done.stderr
+    assert "fitted: remaining error" in done.stdout
+    assert "38 of 38 tensors" in done.stdout
+    run = tmp_path / "gpt_out/tiny/ue-from=gpt2ish_s0-s0"
+    assert losses(run)[0] == pytest.approx(losses(trained)[-1], rel=1e-5)
+    # and the way back: folded, the plain experiment takes it as it is
+    assert command("lmp_cleanmodel", str(run)).returncode == 0
+    clean = f"{run}-clean"
+    back = command("lmp_trainer", "--training-plan", "tiny.json", "--initial-model", clean, "--steps", "1")
+    assert back.returncode == 0, back.stderr
+    assert "38 of 38 tensors" in back.stdout
+    (plain,) = (tmp_path / "gpt_out/tiny").glob("gpt2ish-1steps-from*")
+    assert losses(plain)[0] == pytest.approx(losses(run)[-1], rel=1e-6)
+
+
+def test_what_is_not_loaded_is_listed(command: Command, trained: Path) -> None:
+    done = command("lmp_trainer", "--exp", "sac1", "--training-plan", "tiny.json", "--initial-model", str(trained))
+    assert done.returncode == 0, done.stderr
+    assert "37 of 38 tensors" in done.stdout
+    assert "not loaded: tok_embed.weight" in done.stdout
+
+
+def test_another_start_is_another_run(command: Command, trained: Path) -> None:
+    train = ("lmp_trainer", "--training-plan", "tiny.json", "--initial-model", str(trained))
+    assert command(*train).returncode == 0
+    assert "is finished" in command(*train).stdout
+    assert command("lmp_trainer", "--training-plan", "tiny.json", "--fresh", "--seed", "0").returncode == 0
+
+
+def test_another_tokenizer_is_refused(command: Command, tmp_path: Path, trained: Path) -> None:
+    write_plan(tmp_path, tokenizer={"kind": "chars"})
+    done = command("lmp_trainer", "--training-plan", "tiny.json", "--initial-model", str(trained))
+    assert done.returncode == 1
+    assert "another tokenizer" in done.stderr
+
+
+def test_frozen_parameters_stay(command: Command, tmp_path: Path, trained: Path) -> None:
+    options = ("--freeze", "blocks.*", "--freeze", "pos_embed.*")
+    train = ("lmp_trainer", "--training-plan", "tiny.json", "--initial-model", str(trained), *options)
+    assert command(*train).returncode == 0
+    (run,) = (tmp_path / "gpt_out/tiny").glob("*freeze*")
+    before, after = tensors(trained), tensors(run)
+    for name in before:
+        stays = name.startswith(("blocks.", "pos_embed."))
+        assert torch.equal(before[name], after[name]) == stays, name
+    assert command("lmp_generator", "the", "--model", str(run), "--max-len", "2").returncode == 0
+
+
+def test_train_only() -> None:
+    model = testing.tiny("gpt2ish").model()
+    frozen = initial.freeze(model, ("blocks.0.*",), ("blocks.*", "ln.*"))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if n.startswith(("blocks.1.", "ln."))
+    }
+    assert len(frozen) == sum(not p.requires_grad for p in model.parameters())
+
+
+def test_a_pattern_that_matches_nothing(command: Command, tmp_path: Path) -> None:
+    done = command("lmp_trainer", "--training-plan", str(write_plan(tmp_path)), "--freeze", "block.*")
+    assert done.returncode == 1
+    assert "--freeze block.*: no parameter has such a name" in done.stderr
+    assert not list(tmp_path.glob("gpt_out/tiny/*"))
+    with pytest.raises(LmplayError, match="nothing is left"):
+        initial.freeze(testing.tiny("gpt2ish").model(), ("*",), ())
+
+
+@pytest.mark.parametrize("act", ["gelu", "relu", "elu", "identity"])
+@pytest.mark.parametrize("mid", [1.0, 2.5])
+def test_fit_undoes_a_fold(act: str, mid: float) -> None:
+    s = testing.tiny("ue", front_act=act, mid_mul=mid)
+    plain = testing.tiny("gpt2ish").moved()
+    model, said = s.model(), []
+    used = s.runner.adopt(model, {"tok_embed.weight": plain.tok_embed.weight.detach()}, said.append)
+    assert used == {"tok_embed.weight"}
+    torch.testing.assert_close(model.tok_embed.table(), plain.tok_embed.weight.detach(), rtol=1e-4, atol=1e-6)
+    assert "remaining error" in said[-1]
+    # What is beside the copied columns is alive: it gets gradients at once.
+    s.runner.step(model, s.batch()).loss_sum.backward()
+    grad = model.tok_embed.front.weight.grad.to_dense()
+    assert bool(grad[:, 16:].abs().sum() > 0)
+    assert checkpoint.model_tensors(s.runner.fold(model)).keys() == checkpoint.model_tensors(plain).keys()
