@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/lmp_plotstats gpt_out/laptop --target gpt2ish --out gpt_out/plots
 
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

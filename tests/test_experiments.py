@@ -22,7 +22,8 @@ def test_conformance(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", IDEAS)
 def test_compiles(variant: str) -> None:
-    testing.check_compiles(testing.tiny(variant))
+    # One block holds all of an idea's code, but where two kinds of block alternate; compiling is slow.
+    testing.check_compiles(testing.tiny(variant, num_blocks=2 if variant == "nnm_select" else 1))
     torch.compiler.reset()
 
 
