@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..discover import Source, find, list_sources, load
 from ..errors import LmplayError
@@ -16,14 +16,10 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from ..api import Batch
-    from ..data.shards import Prepared
-    from ..devices import Precision
     from ..discover import Experiment
-    from ..match import Match
     from ..plan import Plan
     from ..report import Report
-    from ..trainer import Start, Trainer
+    from ..trainer import Trainer
 
 EPILOG = """examples:
   lmp_trainer --exp list                               what can be trained
@@ -170,28 +166,14 @@ def choose_plan(name: str | None, device: torch.device, report: Report) -> tuple
     return path.stem, load_plan(path)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a command line stands for: which model, on what, with which budget."""
-
-    args: argparse.Namespace
-    experiment: Experiment
-    overrides: dict[str, str]
-    memory: str
-    console: Console
-    report: Report
-    device: torch.device
-    precision: Precision
-    plan_name: str
-    plan: Plan
-
-
 def train(
     args: argparse.Namespace, experiment: Experiment, overrides: dict[str, str], memory: str, console: Console
 ) -> int:
     from ..data.shards import prepare, vocab_size
     from ..devices import pick_device, pick_precision
+    from ..job import Job, Request, Run, matched, sized_config
     from ..report import Report
+    from ..trainer import Stopped
 
     report = Report(console)
     device = pick_device(args.device)
@@ -200,7 +182,10 @@ def train(
         report.note(precision.note)
     plan_name, plan = choose_plan(args.training_plan, device, report)
     plan = plan.with_budget(args.tokens, args.steps, args.minutes)
-    job = Job(args, experiment, overrides, memory, console, report, device, precision, plan_name, plan)
+    asked = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)}
+    lists = {name: tuple(asked[name]) for name in ("freeze", "train_only")}
+    request = Request(**{**asked, **lists}, command=("lmp_trainer", *sys.argv[1:]), memory=memory)
+    job = Job(experiment, overrides, plan_name, plan, device, precision, report, request)
     if args.describe:  # sizes are known without the data, which may be on a hub that is out of reach
         with report:
             config = sized_config(job, vocab_size(plan, report.preparing))
@@ -209,192 +194,19 @@ def train(
     with report:
         prepared = prepare(plan, report.preparing)
     config = sized_config(job, prepared.tokenizer.vocab_size)
+    control = None
     if args.match:
-        return train_run(*matched(job, config, prepared), prepared)
-    return train_run(job, config, None, prepared)
-
-
-def sized_config(job: Job, vocab: int) -> Any:
-    """The experiment's Config at the plan's sizes."""
-    config, without = job.experiment.config({**job.plan.sizes(), "vocab_size": vocab}, job.overrides)
-    if without:
-        job.report.note(f"{job.experiment.variant} has no {', '.join(without)}: the plan's is not used")
-    return config
-
-
-def sample_batch(job: Job, config: Any, prepared: Prepared) -> tuple[Batch, int]:
-    """Real sequences to measure a model's cost with, and how often they go into an optimizer step."""
-    from ..data.packing import mixtures
-    from ..probe import to_batch
-
-    size = min(job.plan.batch.batch_size, max(1, 2048 // config.max_len))
-    arrays = mixtures(job.plan, prepared, config.max_len)[0].batch(0, size)
-    return to_batch(arrays, slice(None), job.device), -(-job.plan.batch.batch_size // size)
-
-
-def matched(job: Job, config: Any, prepared: Prepared) -> tuple[Job, Any, Match]:
-    """The job that trains the baseline at the size that --match asks for, its Config, and how it was found."""
-    from ..match import match, measure
-
-    source = job.experiment.source
-    if job.experiment.variant == source.baseline:
-        raise LmplayError(f"--match: {source.baseline} is its own baseline; --exp names what it is matched to")
-    job.report.note(f"looking for the size of {source.baseline} that matches {job.experiment.variant} ...")
-    wanted = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
-    to = "-".join([job.experiment.variant, *(f"{k}={v}" for k, v in sorted(job.overrides.items()))])
-    baseline = load(*find(source.baseline))
-    plain = replace(job, experiment=baseline, overrides={})
-    base_config = sized_config(plain, prepared.tokenizer.vocab_size)
-    found = match(wanted, to, baseline, base_config, job.args.match, job.device)
-    job.report.note(found.sentence())
-    chosen = replace(plain, overrides={found.field: str(found.value)})
-    return chosen, sized_config(chosen, prepared.tokenizer.vocab_size), found
-
-
-def start_of(args: argparse.Namespace, report: Report) -> Start:
-    """Initial weights and frozen patterns, as the command line names them."""
-    from ..restore import locate, restore
-    from ..trainer import Start
-
-    restored = None
-    if args.initial_model is not None:
-        restored = restore(*locate(args.initial_model, args.out, report.note, "--initial-model"))
-    return Start(restored, tuple(args.freeze), tuple(args.train_only))
-
-
-def train_run(job: Job, config: Any, match: Match | None, prepared: Prepared) -> int:
-    """Train, or go on with, the run that the job's folder stands for."""
-    import torch
-
-    from ..devices import describe_device
-    from ..initial import freeze
-    from ..runs import RunFolder, folder_name, git_state, identity
-    from ..trainer import Options, Stopped, Trainer
-
-    args, experiment, report = job.args, job.experiment, job.report
-    commit, diff = git_state(Path.cwd())
-    if args.no_dirty and commit is None:
-        raise LmplayError("--no-dirty: there is no git commit here that the tree could be compared with")
-    if args.no_dirty and diff:
-        raise LmplayError("--no-dirty: the tree has uncommitted changes (git status shows them); commit or stash them")
-    runner = experiment.runner(config)
-    seed = job.plan.seed if args.seed is None else args.seed
-    start = start_of(args, report)
-    with torch.device("meta"):
-        freeze(runner.build(), start.freeze, start.train_only)  # a wrong pattern is told before a folder is made
-    wanted = identity(
-        job.plan, experiment, config, seed, job.precision.name, prepared.tokenizer.fingerprint, prepared.fingerprint
-    )
-    if start.initial is not None:
-        wanted["initial"] = start.initial.found.fingerprint
-    if start.freeze or start.train_only:
-        wanted["frozen"] = [list(start.freeze), list(start.train_only)]
-    run = RunFolder(args.out / job.plan_name / folder_name(experiment.variant, *name_parts(job, match), seed))
-    options = Options(args.compile_model, args.save_minutes)
-
-    def trainer_of() -> Trainer:
-        return Trainer(
-            job.plan, prepared, runner, seed, job.device, job.precision, run, report, options, start
-        )  # fmt: skip
-
-    if args.check_grads or args.profile:
-        return check_grads(trainer_of()) if args.check_grads else profile(trainer_of(), args, job.console)
+        job, config, control = matched(job, config, args.match, prepared)
+    run = Run(job, config, prepared, control)
+    if args.check_grads:
+        return check_grads(run.trainer())
+    if args.profile:
+        return profile(run.trainer(), args, console)
     try:
-        exists = run.open(wanted, args.fresh)
-        report.log_path = run.path / "log.txt"
-        if exists and run.read().get("summary"):
-            report.note(f"{run.path} is finished; --fresh trains it again")
-            print_summary(run.read()["summary"])
-            return 0
-        report.note(
-            f"{experiment.variant} on {job.plan_name}, seed {seed}, {describe_device(job.device)}, {job.precision.name}"
-        )
-        trainer = trainer_of()
-        known = run.read() if exists else {}
-        if not exists:
-            content = {"identity": wanted, **provenance(job, match, (commit, diff)), **sizes(job, config, prepared)}
-            run.create(content, experiment, prepared.tokenizer)
-            if diff:
-                (run.path / "uncommitted.diff").write_text(diff, encoding="utf-8")
-        elif known.get("threads") != torch.get_num_threads():
-            report.note(f"this run began with {known.get('threads')} threads: equal from here on but for rounding")
-        if exists and known.get("compiled") != args.compile_model:
-            report.note("this run began " + ("compiled" if known.get("compiled") else "without --compile-model"))
-        if trainer.resume():
-            report.note(f"resuming {run.path} at step {trainer.place.step}, {trainer.place.tokens} tokens")
-        with report:
-            run.update(**trainer.prepare(args.mini_batch_size, known))
-            try:
-                summary = trainer.train()
-            except torch.OutOfMemoryError as e:
-                raise LmplayError(
-                    f"the device ran out of memory: --mini-batch-size below {trainer.mini_batch_size}"
-                ) from e
-            except Stopped as e:
-                report.note(f"{e}; saved at step {trainer.place.step}. The same command goes on from there.")
-                return e.status
-        run.update(summary=summary)
-        report.note(f"finished: {run.path}")
-        print_summary(summary)
-        return 0
-    finally:
-        run.close()
-
-
-def name_parts(job: Job, match: Match | None) -> tuple[dict[str, str], list[str]]:
-    """What a run's folder says beside the variant and the seed: settings, and how it was budgeted and begun."""
-    args = job.args
-    settings = {f"match_{match.what}": match.to} if match else dict(job.overrides)
-    budgets = ((args.tokens, "tokens"), (args.steps, "steps"), (args.minutes, "min"))
-    extras = [f"{value:g}{unit}" for value, unit in budgets if value]
-    extras += [job.precision.name] if job.precision.name != "fp32" else []
-    extras += [f"from={args.initial_model.resolve().name}"] if args.initial_model else []
-    extras += [f"freeze={p}" for p in args.freeze] + [f"train_only={p}" for p in args.train_only]
-    return settings, extras
-
-
-def provenance(job: Job, match: Match | None, git: tuple[str | None, str | None]) -> dict[str, Any]:
-    """What run.json says about where a run comes from."""
-    import torch
-
-    from .. import __version__
-    from ..devices import describe_device
-
-    told: dict[str, Any] = {
-        "plan_name": job.plan_name,
-        "plan": job.plan.model_dump(mode="json", by_alias=True),
-        "baseline": job.experiment.source.baseline,
-        "idea": job.experiment.source.idea,
-        "overrides": job.overrides,
-        "command": ["lmp_trainer", *sys.argv[1:]],
-        "device": describe_device(job.device),
-        "memory": job.memory,
-        "versions": {"lmplay": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
-        "threads": torch.get_num_threads(),
-        "compiled": job.args.compile_model,
-        "git": {"commit": git[0], "dirty": bool(git[1])},
-    }
-    if match is not None:
-        told["match"] = asdict(match)
-        told["label"] = f"{job.experiment.variant}, {match.what} of {match.to}"
-    elif job.args.initial_model is not None:
-        told["label"] = f"{job.experiment.variant} from {job.args.initial_model.resolve().name}"
-        told["initial_model"] = str(job.args.initial_model)
-    return told
-
-
-def sizes(job: Job, config: Any, prepared: Prepared) -> dict[str, Any]:
-    """What the model costs, for run.json; said aloud beside the baseline's where it has another one's."""
-    from ..match import beside, measure
-
-    own = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
-    baseline = job.experiment.source.baseline
-    if job.experiment.variant != baseline:
-        base = replace(job, experiment=load(*find(baseline)), overrides={})
-        base_config = sized_config(base, prepared.tokenizer.vocab_size)
-        base_size = measure(base.experiment.runner(base_config), *sample_batch(base, base_config, prepared))
-        job.report.note(beside(own, base_size, baseline))
-    return {"sizes": asdict(own)}
+        print_summary(run.train())
+    except Stopped as e:
+        return e.status
+    return 0
 
 
 def print_summary(summary: dict[str, object]) -> None:

@@ -1,0 +1,254 @@
+"""From what a command asks for to a run: the model's size, its control, its folder, its provenance, its training."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, initial
+from .api import Batch
+from .data.packing import mixtures
+from .data.shards import Prepared
+from .devices import Precision, describe_device
+from .discover import Experiment, find, load
+from .errors import LmplayError
+from .match import Match, beside, match, measure
+from .plan import Plan
+from .probe import to_batch
+from .report import Report
+from .restore import locate, restore
+from .runs import RunFolder, folder_name, git_state, identity
+from .trainer import Options, Start, Stopped, Trainer
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a run is to be carried out, as far as neither plan nor experiment say it."""
+
+    out: Path = Path("gpt_out")
+    seed: int | None = None
+    tokens: int | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    mini_batch_size: int | None = None
+    compile_model: bool = False
+    save_minutes: float = 5.0
+    fresh: bool = False
+    no_dirty: bool = False
+    initial_model: Path | None = None
+    freeze: tuple[str, ...] = ()
+    train_only: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    memory: str = ""  # what devices.tune_memory said
+
+
+@dataclass(frozen=True)
+class Job:
+    """One experiment on one plan: all that a run needs but the data."""
+
+    experiment: Experiment
+    overrides: dict[str, str]
+    plan_name: str
+    plan: Plan  # its budgets are the request's where that has any
+    device: torch.device
+    precision: Precision
+    report: Report
+    request: Request
+
+    @property
+    def seed(self) -> int:
+        return self.plan.seed if self.request.seed is None else self.request.seed
+
+
+def sized_config(job: Job, vocab: int) -> Any:
+    """The experiment's Config at the plan's sizes."""
+    config, without = job.experiment.config({**job.plan.sizes(), "vocab_size": vocab}, job.overrides)
+    if without:
+        job.report.note(f"{job.experiment.variant} has no {', '.join(without)}: the plan's is not used")
+    return config
+
+
+def sample_batch(job: Job, config: Any, prepared: Prepared) -> tuple[Batch, int]:
+    """Real sequences to measure a model's cost with, and how often they go into an optimizer step."""
+    size = min(job.plan.batch.batch_size, max(1, 2048 // config.max_len))
+    arrays = mixtures(job.plan, prepared, config.max_len)[0].batch(0, size)
+    return to_batch(arrays, slice(None), job.device), -(-job.plan.batch.batch_size // size)
+
+
+def matched(job: Job, config: Any, what: str, prepared: Prepared) -> tuple[Job, Any, Match]:
+    """The job that trains the baseline at the experiment's size, its Config, and how it was found.
+
+    Raises:
+        LmplayError: the experiment is the baseline.
+    """
+
+    source = job.experiment.source
+    if job.experiment.variant == source.baseline:
+        raise LmplayError(f"--match: {source.baseline} is its own baseline; --exp names what it is matched to")
+    job.report.note(f"looking for the size of {source.baseline} that matches {job.experiment.variant} ...")
+    wanted = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
+    to = "-".join([job.experiment.variant, *(f"{k}={v}" for k, v in sorted(job.overrides.items()))])
+    baseline = load(*find(source.baseline))
+    plain = replace(job, experiment=baseline, overrides={})
+    base_config = sized_config(plain, prepared.tokenizer.vocab_size)
+    found = match(wanted, to, baseline, base_config, what, job.device)
+    job.report.note(found.sentence())
+    chosen = replace(plain, overrides={found.field: str(found.value)})
+    return chosen, sized_config(chosen, prepared.tokenizer.vocab_size), found
+
+
+def start_of(job: Job) -> Start:
+    """Initial weights and frozen patterns."""
+    asked, restored = job.request, None
+    if asked.initial_model is not None:
+        restored = restore(*locate(asked.initial_model, asked.out, job.report.note, "--initial-model"))
+    return Start(restored, asked.freeze, asked.train_only)
+
+
+class Run:
+    """A job with its data: the folder it stands for and the trainer that fills it.
+
+    Raises:
+        LmplayError: the tree is not clean where that was asked for, or a pattern of parameters matches none.
+    """
+
+    def __init__(self, job: Job, config: Any, prepared: Prepared, match: Match | None = None):
+        self.job, self.config, self.prepared, self.match = job, config, prepared, match
+        asked = job.request
+        self.commit, self.diff = git_state(Path.cwd())
+        if asked.no_dirty and self.commit is None:
+            raise LmplayError("--no-dirty: there is no git commit here that the tree could be compared with")
+        if asked.no_dirty and self.diff:
+            raise LmplayError(
+                "--no-dirty: the tree has uncommitted changes (git status shows them); commit or stash them"
+            )
+        self.runner = job.experiment.runner(config)
+        self.start = start_of(job)
+        with torch.device("meta"):  # a wrong pattern is told before a folder is made
+            initial.freeze(self.runner.build(), asked.freeze, asked.train_only)
+        self.identity = identity(
+            job.plan, job.experiment, config, job.seed, job.precision.name,
+            prepared.tokenizer.fingerprint, prepared.fingerprint,
+        )  # fmt: skip
+        if self.start.initial is not None:
+            self.identity["initial"] = self.start.initial.found.fingerprint
+        if asked.freeze or asked.train_only:
+            self.identity["frozen"] = [list(asked.freeze), list(asked.train_only)]
+        name = folder_name(job.experiment.variant, *name_parts(job, match), job.seed)
+        self.folder = RunFolder(asked.out / job.plan_name / name)
+
+    def trainer(self) -> Trainer:
+        job, options = self.job, Options(self.job.request.compile_model, self.job.request.save_minutes)
+        return Trainer(
+            job.plan, self.prepared, self.runner, job.seed, job.device, job.precision, self.folder, job.report,
+            options, self.start,
+        )  # fmt: skip
+
+    def train(self) -> dict[str, Any]:
+        """Train, or go on with, the run; returns its summary, that of a finished one at once.
+
+        Raises:
+            Stopped: a signal asked to; everything is saved.
+            LmplayError: the folder is another run's, or cannot be written; the device's memory is too small.
+        """
+        report, folder = self.job.report, self.folder
+        try:
+            exists = folder.open(self.identity, self.job.request.fresh)
+            report.log_path = folder.path / "log.txt"
+            known = folder.read() if exists else {}
+            if known.get("summary"):
+                report.note(f"{folder.path} is finished; --fresh trains it again")
+                return known["summary"]
+            trainer = self._begin(known)
+            with report:
+                folder.update(**trainer.prepare(self.job.request.mini_batch_size, known))
+                try:
+                    summary = trainer.train()
+                except torch.OutOfMemoryError as e:
+                    raise LmplayError(
+                        f"the device ran out of memory: --mini-batch-size below {trainer.mini_batch_size}"
+                    ) from e
+                except Stopped as e:
+                    report.note(f"{e}; saved at step {trainer.place.step}. The same command goes on from there.")
+                    raise
+            folder.update(summary=summary)
+            report.note(f"finished: {folder.path}")
+            return summary
+        finally:
+            folder.close()
+
+    def _begin(self, known: dict[str, Any]) -> Trainer:
+        """The trainer, where the run stands; a new run's folder is filled. `known` is run.json, if there is one."""
+        job, report = self.job, self.job.report
+        where = f"seed {job.seed}, {describe_device(job.device)}, {job.precision.name}"
+        report.note(f"{job.experiment.variant} on {job.plan_name}, {where}")
+        trainer = self.trainer()
+        if not known:
+            content = {
+                "identity": self.identity,
+                **provenance(job, self.match, self.commit, self.diff),
+                **sizes(job, self.config, self.prepared),
+            }
+            self.folder.create(content, job.experiment, self.prepared.tokenizer)
+            if self.diff:
+                (self.folder.path / "uncommitted.diff").write_text(self.diff, encoding="utf-8")
+        elif known.get("threads") != torch.get_num_threads():
+            report.note(f"this run began with {known.get('threads')} threads: equal from here on but for rounding")
+        if known and known.get("compiled") != job.request.compile_model:
+            report.note("this run began " + ("compiled" if known.get("compiled") else "without --compile-model"))
+        if trainer.resume():
+            report.note(f"resuming {self.folder.path} at step {trainer.place.step}, {trainer.place.tokens} tokens")
+        return trainer
+
+
+def name_parts(job: Job, match: Match | None) -> tuple[dict[str, str], list[str]]:
+    """What a run's folder says beside the variant and the seed: settings, and how it was budgeted and begun."""
+    args = job.request
+    settings = {f"match_{match.what}": match.to} if match else dict(job.overrides)
+    budgets = ((args.tokens, "tokens"), (args.steps, "steps"), (args.minutes, "min"))
+    extras = [f"{value:g}{unit}" for value, unit in budgets if value]
+    extras += [job.precision.name] if job.precision.name != "fp32" else []
+    extras += [f"from={args.initial_model.resolve().name}"] if args.initial_model else []
+    extras += [f"freeze={p}" for p in args.freeze] + [f"train_only={p}" for p in args.train_only]
+    return settings, extras
+
+
+def provenance(job: Job, match: Match | None, commit: str | None, diff: str | None) -> dict[str, Any]:
+    """What run.json says about where a run comes from."""
+    told: dict[str, Any] = {
+        "plan_name": job.plan_name,
+        "plan": job.plan.model_dump(mode="json", by_alias=True),
+        "baseline": job.experiment.source.baseline,
+        "idea": job.experiment.source.idea,
+        "overrides": job.overrides,
+        "command": list(job.request.command),
+        "device": describe_device(job.device),
+        "memory": job.request.memory,
+        "versions": {"lmplay": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+        "threads": torch.get_num_threads(),
+        "compiled": job.request.compile_model,
+        "git": {"commit": commit, "dirty": bool(diff)},
+    }
+    if match is not None:
+        told["match"] = asdict(match)
+        told["label"] = f"{job.experiment.variant}, {match.what} of {match.to}"
+    elif job.request.initial_model is not None:
+        told["label"] = f"{job.experiment.variant} from {job.request.initial_model.resolve().name}"
+        told["initial_model"] = str(job.request.initial_model)
+    return told
+
+
+def sizes(job: Job, config: Any, prepared: Prepared) -> dict[str, Any]:
+    """What the model costs, for run.json; said aloud beside the baseline's where it has another one's."""
+    own = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
+    baseline = job.experiment.source.baseline
+    if job.experiment.variant != baseline:
+        base = replace(job, experiment=load(*find(baseline)), overrides={})
+        base_config = sized_config(base, prepared.tokenizer.vocab_size)
+        base_size = measure(base.experiment.runner(base_config), *sample_batch(base, base_config, prepared))
+        job.report.note(beside(own, base_size, baseline))
+    return {"sizes": asdict(own)}
