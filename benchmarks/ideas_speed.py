@@ -72,12 +72,12 @@ def main() -> int:
 def one_round(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Every variant once; `relative` is its rate over that of the baseline around it."""
     results: dict[str, dict[str, Any]] = {}
-    before = measure(BASELINE, args)
+    before = baseline(args)
     for start in range(0, len(names), EVERY):
         group = names[start : start + EVERY]
         for name in group:
             results[name] = measure(name, args)
-        after = measure(BASELINE, args)
+        after = baseline(args)
         for name in group:
             row = results[name]
             if "failed" not in row:
@@ -86,6 +86,13 @@ def one_round(names: list[str], args: argparse.Namespace) -> dict[str, dict[str,
             print(f"{name}: {row.get('relative', 0):.3f} {row.get('failed', '')}", flush=True)
         before = after
     return results | {BASELINE: {**before, "relative": 1.0, "relative_memory": 1.0}}
+
+
+def baseline(args: argparse.Namespace) -> dict[str, Any]:
+    row = measure(BASELINE, args)
+    if "failed" in row:
+        sys.exit(f"{BASELINE} failed: {row['failed']}")
+    return row
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:

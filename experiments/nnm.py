@@ -61,6 +61,8 @@ class Config:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if min(self.cells, self.mem_heads, self.cell_mul) <= 0:
             raise ValueError("cells, mem_heads and cell_mul must be above 0")
+        if self.place == "only" and self.num_blocks < 2:
+            raise ValueError("place=only needs two blocks: every second one is a memory")
         if self.shared and self.num_blocks < (4 if self.place == "only" else 2):
             raise ValueError("shared=true needs two memories to share the bank")
         if self.shadow and self.place != "ff":
@@ -265,7 +267,8 @@ class Runner(ModelRunner):
             {**g, "params": [p for p in g["params"] if id(p) not in special]} for g in super().param_groups(model)
         ]
         readers = [p for p in slow if all(p is not cell for cell in cells)]
-        groups.append({"params": readers, "role": "matrix", "lr_scale": 1 / self.config.cell_mul})
+        # "embedding", as the scale is made for Adam: Muon, which takes matrices, moves all of them alike
+        groups.append({"params": readers, "role": "embedding", "lr_scale": 1 / self.config.cell_mul})
         groups.append({"params": cells, "role": "vector"})
         return [g for g in groups if g["params"]]
 

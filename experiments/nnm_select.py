@@ -48,8 +48,8 @@ class Config:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
-        if "B" not in self.pattern or set(self.pattern) - set("BN- "):
-            raise ValueError(f"pattern {self.pattern}: it is made of B and N, with a B")
+        if "B" not in self.letters or set(self.pattern) - set("BN- "):
+            raise ValueError(f"pattern {self.pattern}: it is made of B and N, with a B among the first num_blocks")
         if min(self.cells, self.mem_heads) < 1:
             raise ValueError("cells and mem_heads must be above 0")
 

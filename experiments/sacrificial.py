@@ -446,7 +446,7 @@ class Runner(ModelRunner):
                 vector = p.ndim == 1 or own == "z" or own.endswith("_rest")
                 # z meets S, whose entries are 1/√fan-in
                 fan_in = 1.0 if p.ndim == 1 or own.endswith("_rest") else p.shape[1] ** (0.5 if own == "z" else 1.0)
-                special[name] = ("vector" if vector else "matrix", RATES.get(kind, 1.0) / fan_in)
+                special[name] = ("vector" if vector else "embedding", RATES.get(kind, 1.0) / fan_in)
             elif kind:
                 special[name] = ("vector", RATES.get(kind, 1.0))
         return regrouped(groups, model, special)

@@ -139,7 +139,9 @@ class UnifiedEmbedding(nn.Module):
 
     @torch.no_grad()
     def fit(self, table: Tensor, chunk: int = 4096) -> float:
-        """Make e the plain table (V, D): a fold undone. Returns the error's deviation over the table's.
+        """Make e the plain table (V, D): a fold undone.
+
+        Returns the error's root mean square by the table's deviation.
 
         The first D columns of the front hold the table, moved so far up that the activations pass it on as it is;
         W1 and W2 carry it through and b2 moves it back. The other columns keep their random start, and what W1
@@ -161,7 +163,7 @@ class UnifiedEmbedding(nn.Module):
         self.fc1.bias.zero_()
         w2.copy_(size * torch.eye(dim, len(w1), device=w1.device))
         self.fc2.bias.fill_(-up * float(size))
-        return float((self.table() - table).std() / size)
+        return float((self.table() - table).square().mean().sqrt() / size)
 
     @torch.no_grad()
     def table(self, chunk: int = 4096) -> Tensor:
@@ -266,8 +268,13 @@ class Runner(ModelRunner):
                     say(f"{name}: UE narrower than the model holds no plain table (front_embed_mul, mid_mul below 1)")
                 elif plain.shape == (rows, dim):
                     say(f"fitting UE to {name}.weight, {rows} x {dim} ...")
-                    error = module.fit(plain.to(module.fc1.weight.device))
-                    say(f"fitted: remaining error {error:.1e} of the table's deviation")
+                    table = plain.to(module.fc1.weight.device)
+                    error = module.fit(table)
+                    with torch.autocast(table.device.type, dtype=torch.bfloat16):
+                        rough = (module.table() - table).float().square().mean().sqrt() / table.std()
+                    say(
+                        f"fitted: remaining error {error:.1e} of the table's deviation ({float(rough):.1e} under --amp)"
+                    )
                     used.add(f"{name}.weight")
         return used
 

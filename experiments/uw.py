@@ -18,11 +18,11 @@ vocabulary would outweigh the model).
 
 Versions: uw1 plain; uw2 predicted by one network for the model; uw3 by one for each layer; uw4 by one for each
 purpose (query, key, ..., fc2); uw5 the same with depth 2; uw6 by one network without activation, exp_mul 32 (or 64).
-The source also adds a number to a_out and to a_in. Left out: it would add the input's sum to all outputs alike,
-and a LayerNorm before or behind removes that. The source leaves open: z has exp_mul D entries in every layer, also
-where the input is 4 D wide, and the hidden layer D units, so that networks can be shared; what makes a vector
-learns at a rate that moves the vector as fast as a plain one, and what is added to W at .02 of that, the size of
-W's entries (see param_groups).
+The source also adds a number to a_out and to a_in, which is left out here: it adds a multiple of the input's sum to
+all outputs alike, and where LayerNorms stand before or behind, they all but remove that. The source leaves open: z
+has exp_mul D entries in every layer, also where the input is 4 D wide, and the hidden layer D units, so that networks
+can be shared; what makes a vector learns at a rate that moves the vector as fast as a plain one, and what is added
+to W at .02 of that, the size of W's entries (see param_groups).
 The effective weights are computed once for all mini-batches of an optimizer step.
 Training-only parameters a layer: in + out twice and 3 numbers (uw1); beside that exp_mul D and the network's
 exp_mul D² + 5 matrices of each size. All of it folds away.
@@ -396,7 +396,7 @@ class Runner(ModelRunner):
                 vector = p.ndim == 1 or own == "z" or own.endswith("_rest")
                 # z meets S, whose entries are 1/√fan-in
                 fan_in = 1.0 if p.ndim == 1 or own.endswith("_rest") else p.shape[1] ** (0.5 if own == "z" else 1.0)
-                special[name] = ("vector" if vector else "matrix", RATES.get(kind, 1.0) / fan_in)
+                special[name] = ("vector" if vector else "embedding", RATES.get(kind, 1.0) / fan_in)
             elif kind:
                 special[name] = ("vector", RATES.get(kind, 1.0))
         return regrouped(groups, model, special)

@@ -178,6 +178,8 @@ def find(name: str) -> tuple[Source, str]:
         return source, variant
     sources = list_sources()
     holders = [s for s in sources if name in s.variants]
+    if not holders:  # the idea's own name stands for its first variant
+        holders = [s for s in sources if s.idea == name and s.variants]
     if len(holders) > 1:
         places = " and ".join(str(s.path) for s in holders)
         raise LmplayError(f"--exp {name} is in two places: {places}; rename one, or give the path")
@@ -189,7 +191,7 @@ def find(name: str) -> tuple[Source, str]:
         known = [v for s in sources for v in s.variants]
         raise LmplayError(f"--exp {name}: there is no such experiment{nearest(name, known)}; --exp list shows all")
     _refuse_broken(holders[0])
-    return holders[0], name
+    return holders[0], name if name in holders[0].variants else next(iter(holders[0].variants))
 
 
 def _refuse_broken(source: Source) -> None:

@@ -185,10 +185,10 @@ def backend(tokenizer: Tokenizer) -> Any:
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
     alphabet = byte_alphabet()
+    if isinstance(tokenizer, Tiktoken):
+        return _checked(_from_tiktoken(tokenizer), tokenizer)
     if isinstance(tokenizer, Bpe):
         made = tokenizers.Tokenizer.from_str(tokenizer.serialized)
-    elif isinstance(tokenizer, Tiktoken):
-        return _from_tiktoken(tokenizer)
     elif isinstance(tokenizer, Bytes):
         made = tokenizers.Tokenizer(models.BPE({alphabet[b]: b for b in range(256)}, []))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -200,8 +200,12 @@ def backend(tokenizer: Tokenizer) -> Any:
     else:
         raise LmplayError(f"the tokenizer {tokenizer.kind} has no form in transformers; --format lmplay keeps it")
     made.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
-    if made.token_to_id(EOT) != tokenizer.eot:
-        raise LmplayError("the tokenizer's end-of-text token would get another id in transformers")
+    return _checked(made, tokenizer)
+
+
+def _checked(made: Any, tokenizer: Tokenizer) -> Any:
+    if made.token_to_id(EOT) != tokenizer.eot or made.get_vocab_size() != tokenizer.vocab_size:
+        raise LmplayError("the tokenizer's special tokens would get other ids in transformers: --format lmplay")
     return made
 
 
@@ -240,6 +244,8 @@ def write_gguf(file: Path, shape: Gpt2, tokenizer: Tokenizer, name: str) -> None
         raise LmplayError(
             f"GGUF needs a tokenizer with merges, which {tokenizer.kind} has not; --format hf or lmplay keeps it"
         )
+    if isinstance(tokenizer, Tiktoken) and tokenizer.name != "gpt2":
+        raise LmplayError(f"GGUF's readers would cut text by GPT-2's rule, not {tokenizer.name}'s: --format hf")
     content = json.loads(backend(tokenizer).to_str())["model"]
     vocab = dict(content["vocab"]) | {EOT: tokenizer.eot}
     tokens = sorted(vocab, key=lambda token: vocab[token])

@@ -14,20 +14,24 @@ from .errors import LmplayError, nearest
 from .restore import Restored
 
 
-def adopt(runner: ModelRunner, model: nn.Module, source: Restored, tokenizer: str, say: Callable[[str], None]) -> None:
-    """Give the model what it can take of a trained one's weights, and say what was not taken.
-
-    Args:
-        tokenizer: fingerprint of the tokenizer that the model will be trained with.
+def check_tokenizer(source: Restored, fingerprint: str) -> None:
+    """Refuse a run whose tokens are other texts than those of the tokenizer with this fingerprint.
 
     Raises:
-        LmplayError: the run's tokens mean other texts, or none of its weights fits.
+        LmplayError: they are.
+    """
+    if source.tokenizer.fingerprint != fingerprint:
+        where = source.run.path
+        raise LmplayError(f"--initial-model {where}: it was trained with another tokenizer: its tokens are other texts")
+
+
+def adopt(runner: ModelRunner, model: nn.Module, source: Restored, say: Callable[[str], None]) -> None:
+    """Give the model what it can take of a trained one's weights, and say what was not taken.
+
+    Raises:
+        LmplayError: none of the run's weights fits.
     """
     where = source.run.path
-    if source.tokenizer.fingerprint != tokenizer:
-        raise LmplayError(
-            f"--initial-model {where}: it was trained with another tokenizer, its tokens mean other texts"
-        )
     given = checkpoint.model_tensors(source.model)
     own = checkpoint.model_tensors(model)
     fits = {name for name, t in given.items() if name in own and own[name].shape == t.shape}
@@ -35,13 +39,15 @@ def adopt(runner: ModelRunner, model: nn.Module, source: Restored, tokenizer: st
         for name in fits:
             own[name].copy_(given[name])
     rest = {name: t for name, t in given.items() if name not in fits}
+    versions = {name: t._version for name, t in own.items()}
     adopted = runner.adopt(model, rest, say) if rest else set()
+    made = {name for name, t in own.items() if t._version != versions[name]}  # written by adopt
     if not fits and not adopted:
         raise LmplayError(f"--initial-model {where}: none of its weights fits this model")
     say(f"from {where}, step {source.found.step}: {len(fits) + len(adopted)} of {len(given)} tensors")
     for title, names in (
         ("not loaded", set(rest) - adopted),
-        ("new here", {n for n in own if n not in fits} if not adopted else set()),
+        ("new here", set(own) - fits - made),
     ):
         if names:
             shown = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

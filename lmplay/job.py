@@ -20,8 +20,8 @@ from .match import Match, beside, match, measure
 from .plan import Plan
 from .probe import to_batch
 from .report import Report
-from .restore import locate, restore
-from .runs import RunFolder, folder_name, git_state, identity
+from .restore import Restored, locate, restore
+from .runs import RUN_FILE, RunFolder, folder_name, git_state, identity
 from .trainer import Options, Start, Stopped, Trainer
 
 
@@ -73,40 +73,62 @@ def sized_config(job: Job, vocab: int) -> Any:
 
 
 def sample_batch(job: Job, config: Any, prepared: Prepared) -> tuple[Batch, int]:
-    """Real sequences to measure a model's cost with, and how often they go into an optimizer step."""
-    size = min(job.plan.batch.batch_size, max(1, 2048 // config.max_len))
-    arrays = mixtures(job.plan, prepared, config.max_len)[0].batch(0, size)
-    return to_batch(arrays, slice(None), job.device), -(-job.plan.batch.batch_size // size)
+    """A real sequence to measure a model's cost with, and how many of them an optimizer step has."""
+    arrays = mixtures(job.plan, prepared, config.max_len)[0].batch(0, 1)
+    return to_batch(arrays, slice(None), job.device), job.plan.batch.batch_size
+
+
+def baseline_job(job: Job) -> Job:
+    """The job's baseline on the same plan: a variant of the same file, or what the name finds.
+
+    Raises:
+        LmplayError: there is no such experiment.
+    """
+    source = job.experiment.source
+    own = source.baseline in source.variants
+    return replace(job, experiment=load(*((source, source.baseline) if own else find(source.baseline))), overrides={})
+
+
+def run_folder(job: Job, settings: dict[str, str]) -> RunFolder:
+    """Where the job's run lies: settings, and how it was budgeted and begun, are in the name."""
+    asked = job.request
+    budgets = ((asked.tokens, "tokens"), (asked.steps, "steps"), (asked.minutes, "min"))
+    extras = [f"{value:g}{unit}" for value, unit in budgets if value]
+    extras += [job.precision.name] if job.precision.name != "fp32" else []
+    extras += [f"from={asked.initial_model.resolve().name}"] if asked.initial_model else []
+    extras += [f"freeze={p}" for p in asked.freeze] + [f"train_only={p}" for p in asked.train_only]
+    return RunFolder(asked.out / job.plan_name / folder_name(job.experiment.variant, settings, extras, job.seed))
+
+
+def recorded(folder: RunFolder) -> dict[str, Any]:
+    """What the folder's run.json says, or nothing where there is none."""
+    return folder.read() if (folder.path / RUN_FILE).exists() else {}
 
 
 def matched(job: Job, config: Any, what: str, prepared: Prepared) -> tuple[Job, Any, Match]:
     """The job that trains the baseline at the experiment's size, its Config, and how it was found.
 
+    A run that is there already keeps the size it began with.
+
     Raises:
         LmplayError: the experiment is the baseline.
     """
-
     source = job.experiment.source
     if job.experiment.variant == source.baseline:
         raise LmplayError(f"--match: {source.baseline} is its own baseline; --exp names what it is matched to")
-    job.report.note(f"looking for the size of {source.baseline} that matches {job.experiment.variant} ...")
-    wanted = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
     to = "-".join([job.experiment.variant, *(f"{k}={v}" for k, v in sorted(job.overrides.items()))])
-    baseline = load(*find(source.baseline))
-    plain = replace(job, experiment=baseline, overrides={})
-    base_config = sized_config(plain, prepared.tokenizer.vocab_size)
-    found = match(wanted, to, baseline, base_config, what, job.device)
+    plain = baseline_job(job)
+    known = {} if job.request.fresh else recorded(run_folder(plain, {f"match_{what}": to}))
+    if "match" in known:
+        found = Match(**known["match"])
+    else:
+        job.report.note(f"looking for the size of {source.baseline} that matches {to} ...")
+        wanted = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
+        base_config = sized_config(plain, prepared.tokenizer.vocab_size)
+        found = match(wanted, to, plain.experiment, base_config, what, job.device)
     job.report.note(found.sentence())
     chosen = replace(plain, overrides={found.field: str(found.value)})
     return chosen, sized_config(chosen, prepared.tokenizer.vocab_size), found
-
-
-def start_of(job: Job) -> Start:
-    """Initial weights and frozen patterns."""
-    asked, restored = job.request, None
-    if asked.initial_model is not None:
-        restored = restore(*locate(asked.initial_model, asked.out, job.report.note, "--initial-model"))
-    return Start(restored, asked.freeze, asked.train_only)
 
 
 class Run:
@@ -127,25 +149,37 @@ class Run:
                 "--no-dirty: the tree has uncommitted changes (git status shows them); commit or stash them"
             )
         self.runner = job.experiment.runner(config)
-        self.start = start_of(job)
-        with torch.device("meta"):  # a wrong pattern is told before a folder is made
-            initial.freeze(self.runner.build(), asked.freeze, asked.train_only)
+        if asked.freeze or asked.train_only:
+            with torch.device("meta"):  # a wrong pattern is told before a folder is made
+                initial.freeze(self.runner.build(), asked.freeze, asked.train_only)
+        self.folder = run_folder(job, {f"match_{match.what}": match.to} if match else job.overrides)
         self.identity = identity(
             job.plan, job.experiment, config, job.seed, job.precision.name,
             prepared.tokenizer.fingerprint, prepared.fingerprint,
         )  # fmt: skip
-        if self.start.initial is not None:
-            self.identity["initial"] = self.start.initial.found.fingerprint
         if asked.freeze or asked.train_only:
             self.identity["frozen"] = [list(asked.freeze), list(asked.train_only)]
-        name = folder_name(job.experiment.variant, *name_parts(job, match), job.seed)
-        self.folder = RunFolder(asked.out / job.plan_name / name)
+        self.initial = self._initial()
+
+    def _initial(self) -> Restored | None:
+        """The trained run to start from. One that has begun needs it no more, and it may have trained on since."""
+        job, asked = self.job, self.job.request
+        if asked.initial_model is None:
+            return None
+        held = {} if asked.fresh else recorded(self.folder).get("identity", {})
+        if "initial" in held and any(self.folder.checkpoints.glob("[0-9]*")):
+            self.identity["initial"] = held["initial"]
+            return None
+        source = restore(*locate(asked.initial_model, asked.out, job.report.note, "--initial-model"))
+        initial.check_tokenizer(source, self.prepared.tokenizer.fingerprint)
+        self.identity["initial"] = source.found.fingerprint
+        return source
 
     def trainer(self) -> Trainer:
         job, options = self.job, Options(self.job.request.compile_model, self.job.request.save_minutes)
         return Trainer(
             job.plan, self.prepared, self.runner, job.seed, job.device, job.precision, self.folder, job.report,
-            options, self.start,
+            options, Start(self.initial, self.job.request.freeze, self.job.request.train_only),
         )  # fmt: skip
 
     def train(self) -> dict[str, Any]:
@@ -156,6 +190,8 @@ class Run:
             LmplayError: the folder is another run's, or cannot be written; the device's memory is too small.
         """
         report, folder = self.job.report, self.folder
+        new = self.job.request.fresh or not recorded(folder)
+        size = sizes(self.job, self.config, self.prepared) if new else {}  # before a folder is made, or memory taken
         try:
             exists = folder.open(self.identity, self.job.request.fresh)
             report.log_path = folder.path / "log.txt"
@@ -163,15 +199,13 @@ class Run:
             if known.get("summary"):
                 report.note(f"{folder.path} is finished; --fresh trains it again")
                 return known["summary"]
-            trainer = self._begin(known)
             with report:
-                folder.update(**trainer.prepare(self.job.request.mini_batch_size, known))
                 try:
+                    trainer = self._begin(known, size)
+                    folder.update(**trainer.prepare(self.job.request.mini_batch_size, known))
                     summary = trainer.train()
                 except torch.OutOfMemoryError as e:
-                    raise LmplayError(
-                        f"the device ran out of memory: --mini-batch-size below {trainer.mini_batch_size}"
-                    ) from e
+                    raise LmplayError("the device ran out of memory: a smaller --mini-batch-size, or model?") from e
                 except Stopped as e:
                     report.note(f"{e}; saved at step {trainer.place.step}. The same command goes on from there.")
                     raise
@@ -181,7 +215,7 @@ class Run:
         finally:
             folder.close()
 
-    def _begin(self, known: dict[str, Any]) -> Trainer:
+    def _begin(self, known: dict[str, Any], size: dict[str, Any]) -> Trainer:
         """The trainer, where the run stands; a new run's folder is filled. `known` is run.json, if there is one."""
         job, report = self.job, self.job.report
         where = f"seed {job.seed}, {describe_device(job.device)}, {job.precision.name}"
@@ -190,8 +224,8 @@ class Run:
         if not known:
             content = {
                 "identity": self.identity,
-                **provenance(job, self.match, self.commit, self.diff),
-                **sizes(job, self.config, self.prepared),
+                **provenance(job, self.match, self.initial, self.commit, self.diff),
+                **size,
             }
             self.folder.create(content, job.experiment, self.prepared.tokenizer)
             if self.diff:
@@ -202,22 +236,13 @@ class Run:
             report.note("this run began " + ("compiled" if known.get("compiled") else "without --compile-model"))
         if trainer.resume():
             report.note(f"resuming {self.folder.path} at step {trainer.place.step}, {trainer.place.tokens} tokens")
+        self.initial = None  # its memory is not needed any more
         return trainer
 
 
-def name_parts(job: Job, match: Match | None) -> tuple[dict[str, str], list[str]]:
-    """What a run's folder says beside the variant and the seed: settings, and how it was budgeted and begun."""
-    args = job.request
-    settings = {f"match_{match.what}": match.to} if match else dict(job.overrides)
-    budgets = ((args.tokens, "tokens"), (args.steps, "steps"), (args.minutes, "min"))
-    extras = [f"{value:g}{unit}" for value, unit in budgets if value]
-    extras += [job.precision.name] if job.precision.name != "fp32" else []
-    extras += [f"from={args.initial_model.resolve().name}"] if args.initial_model else []
-    extras += [f"freeze={p}" for p in args.freeze] + [f"train_only={p}" for p in args.train_only]
-    return settings, extras
-
-
-def provenance(job: Job, match: Match | None, commit: str | None, diff: str | None) -> dict[str, Any]:
+def provenance(
+    job: Job, match: Match | None, source: Restored | None, commit: str | None, diff: str | None
+) -> dict[str, Any]:
     """What run.json says about where a run comes from."""
     told: dict[str, Any] = {
         "plan_name": job.plan_name,
@@ -233,22 +258,34 @@ def provenance(job: Job, match: Match | None, commit: str | None, diff: str | No
         "compiled": job.request.compile_model,
         "git": {"commit": commit, "dirty": bool(diff)},
     }
+    # What comparisons call it, where it is not simply its variant: or it would pass for another seed of that.
+    label = job.experiment.variant
     if match is not None:
         told["match"] = asdict(match)
-        told["label"] = f"{job.experiment.variant}, {match.what} of {match.to}"
-    elif job.request.initial_model is not None:
-        told["label"] = f"{job.experiment.variant} from {job.request.initial_model.resolve().name}"
+        label += f", {match.what} of {match.to}"
+    if source is not None:
         told["initial_model"] = str(job.request.initial_model)
+        label += f", from {source.experiment.variant}"
+    for title, patterns in (("without", job.request.freeze), ("only", job.request.train_only)):
+        label += f", {title} {' '.join(patterns)}" if patterns else ""
+    if label != job.experiment.variant:
+        told["label"] = label
     return told
 
 
 def sizes(job: Job, config: Any, prepared: Prepared) -> dict[str, Any]:
     """What the model costs, for run.json; said aloud beside the baseline's where it has another one's."""
-    own = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
-    baseline = job.experiment.source.baseline
-    if job.experiment.variant != baseline:
-        base = replace(job, experiment=load(*find(baseline)), overrides={})
-        base_config = sized_config(base, prepared.tokenizer.vocab_size)
-        base_size = measure(base.experiment.runner(base_config), *sample_batch(base, base_config, prepared))
-        job.report.note(beside(own, base_size, baseline))
+    try:
+        own = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
+        if job.experiment.variant != job.experiment.source.baseline:
+            base = baseline_job(job)
+            base_config = sized_config(base, prepared.tokenizer.vocab_size)
+            base_size = measure(base.experiment.runner(base_config), *sample_batch(base, base_config, prepared))
+            job.report.note(beside(own, base_size, job.experiment.source.baseline))
+    except torch.OutOfMemoryError as e:
+        raise LmplayError("the device ran out of memory with one sequence: a smaller model?") from e
+    except LmplayError as e:
+        job.report.note(f"not compared with its baseline: {e}")
+    if job.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(job.device)
     return {"sizes": asdict(own)}

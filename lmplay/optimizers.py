@@ -160,11 +160,11 @@ class Optimizers:
         return torch.optim.SparseAdam(chosen, betas=spec.betas, eps=spec.eps or 1e-8)
 
     def set_factor(self, value: float) -> float:
-        """Set the learning rates to `value` times their base; return the first group's."""
+        """Set the learning rates to `value` times their base; return that of a group without a scale."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = group["base_lr"] * value
-        return self.parts[0].param_groups[0]["lr"]
+        return self.spec.lr * value
 
     def change_rates(self, spec: OptimizerSpec) -> None:
         """Go on with the learning rates of `spec`, which differs in nothing else."""

@@ -58,7 +58,7 @@ def autocast(device: torch.device, precision: Precision) -> Any:
 
 
 def parameter_counts(runner: ModelRunner, model: nn.Module) -> tuple[int, int]:
-    """All trained parameters, and those of them that serve training only."""
+    """All parameters, frozen ones included, and those of them that serve training only."""
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     extra = [name for name in sizes if any(fnmatch(name, pattern) for pattern in runner.training_only)]
     return sum(sizes.values()), sum(sizes[name] for name in extra)

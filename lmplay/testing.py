@@ -36,22 +36,23 @@ class Subject:
 
     experiment: Experiment
     config: Any
+    device: str = "cpu"
 
     @property
     def runner(self) -> ModelRunner:
         return self.experiment.runner(self.config)
 
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return probe.build_model(self.runner, seed).to(dtype)
+        return probe.build_model(self.runner, seed).to(self.device, dtype)
 
     def moved(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model as if it had trained: weights that start at 0 would hide what they multiply."""
-        model, generator = self.model(), torch.Generator().manual_seed(2)
+        model, generator = probe.build_model(self.runner, 0), torch.Generator().manual_seed(2)
         with torch.no_grad():
             for p in model.parameters():
                 size = p.double().square().mean().sqrt() or 1.0
                 p.add_(0.1 * size * torch.randn(p.shape, generator=generator))
-        return model.to(dtype)
+        return model.to(self.device, dtype)
 
     def batch(self, size: int = 4, seed: int = 1) -> Batch:
         generator = torch.Generator().manual_seed(seed)
@@ -59,26 +60,26 @@ class Subject:
         ids = torch.randint(self.config.vocab_size, shape, generator=generator)
         targets = torch.randint(self.config.vocab_size, shape, generator=generator)
         targets[0, : self.config.max_len // 3] = IGNORE
-        return Batch(ids, targets)
+        return Batch(ids.to(self.device), targets.to(self.device))
 
 
-def tiny(name: str, **settings: Any) -> Subject:
+def tiny(name: str, device: str = "cpu", **settings: Any) -> Subject:
     """The variant `name` (or path.py:variant) at a tiny size; settings that are no sizes are kept."""
     experiment = load(*find(name))
     known = {f.name for f in dataclasses.fields(experiment.config_type)}
     variant = experiment.source.variants[experiment.variant]
     sizes = {k: v for k, v in TINY.items() if k in known}
     kept = {k: v for k, v in variant.items() if k not in TINY}
-    return Subject(experiment, experiment.config_type(**{**sizes, **kept, **settings}))
+    return Subject(experiment, experiment.config_type(**{**sizes, **kept, **settings}), device)
 
 
-def check_experiment(name: str, log: Callable[[str], None] = lambda text: None) -> None:
-    """Run every check on one variant.
+def check_experiment(name: str, log: Callable[[str], None] = lambda text: None, device: str = "cpu") -> None:
+    """Run every check on one variant, its models on `device`.
 
     Raises:
         AssertionError: the first check that fails, with what was expected.
     """
-    subject = tiny(name)
+    subject = tiny(name, device)
     for check in CHECKS:
         log(f"{name}: {check.__name__}")
         check(subject)
@@ -130,6 +131,7 @@ def check_every_parameter_learns(s: Subject) -> None:
     model = s.moved()  # at the start a LayerNorm's gains of 1, say, may cancel a sum exactly
     size = -(-s.config.vocab_size // s.config.max_len) + 1
     ids = (torch.arange(size * s.config.max_len) % s.config.vocab_size).view(size, s.config.max_len)
+    ids = ids.to(s.device)
     idle = probe.without_gradient(s.runner, model, Batch(ids, ids.roll(-1, 1)))
     assert not idle, f"no gradient reaches {idle}"
 
@@ -218,7 +220,7 @@ def check_bf16(s: Subject) -> None:
     """Under bf16 autocast loss and gradients are finite and near those of float32."""
     model, batch = s.model(), s.batch()
     exact = float(s.runner.step(model, batch).loss_sum.detach())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.device(s.device).type, dtype=torch.bfloat16):
         out = s.runner.step(model, batch)
     assert out.loss_sum.dtype == torch.float32
     assert abs(float(out.loss_sum.detach()) - exact) < 0.05 * abs(exact)
@@ -253,7 +255,7 @@ def check_config_fields(s: Subject) -> None:
     for field in dataclasses.fields(s.config):
         accepted, changed = _changes(s, field, reference)
         for variant in variants if not accepted else ():
-            other = tiny(f"{s.experiment.source.path}:{variant}")
+            other = tiny(f"{s.experiment.source.path}:{variant}", s.device)
             accepted, changed = _changes(other, field, _signature(other))
             if accepted:
                 break
@@ -293,7 +295,8 @@ def _signature_or_none(s: Subject, name: str, value: Any) -> Any:
     for also in ({}, {"head_bias": False}):
         known = {k: v for k, v in also.items() if hasattr(s.config, k) and k != name}
         try:
-            return _signature(Subject(s.experiment, dataclasses.replace(s.config, **known, **{name: value})))
+            config = dataclasses.replace(s.config, **known, **{name: value})
+            return _signature(Subject(s.experiment, config, s.device))
         except ValueError:
             continue
     return None
@@ -307,6 +310,7 @@ def _signature(s: Subject) -> tuple[Any, ...]:
     shapes = tuple((n, tuple(p.shape)) for n, p in model.named_parameters())
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(min(23, s.config.vocab_size), (4, min(12, s.config.max_len)), generator=generator)
+    ids = ids.to(s.device)
     loss = s.runner.step(model, Batch(ids, ids)).loss_sum
     loss.backward()
     gradients = tuple(float(p.grad.to_dense().abs().sum()) for p in model.parameters() if p.grad is not None)
@@ -314,15 +318,19 @@ def _signature(s: Subject) -> tuple[Any, ...]:
 
 
 def check_compiles(s: Subject) -> None:
-    """torch.compile gives the same loss and gradients. Slow, so not in CHECKS: one variant an idea."""
+    """torch.compile gives the same loss and gradients, as the trainer uses it: with what weights alone decide held.
+
+    Slow, so not in CHECKS: one variant an idea.
+    """
     model, batch = s.moved(), s.batch()
     expected = _gradients(s, model, [batch])
     loss = float(s.runner.step(model, batch).loss_sum.detach())
     compiled: Any = torch.compile(model)
     total = int((batch.targets != IGNORE).sum())
     model.zero_grad(set_to_none=True)
-    out = s.runner.step(compiled, batch)
-    (out.loss_sum / total).backward()
+    with s.runner.fixed_weights(model):
+        out = s.runner.step(compiled, batch)
+        (out.loss_sum / total).backward()
     assert abs(float(out.loss_sum.detach()) - loss) < 1e-3
     for name, p in model.named_parameters():
         if p.grad is not None:

@@ -437,8 +437,8 @@ class Trainer:
             self.train_curve.cut(0)
             self.validate_curve.cut(0)
             if self.start.initial is not None:
-                fingerprint = self.prepared.tokenizer.fingerprint
-                initial.adopt(self.runner, self.model, self.start.initial, fingerprint, self.report.note)
+                initial.adopt(self.runner, self.model, self.start.initial, self.report.note)
+                self.start = replace(self.start, initial=None)  # its memory is not needed any more
             return False
         self.place = Place(**found.state["place"])
         if self.place.plan_step < len(self.plan.steps):

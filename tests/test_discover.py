@@ -141,3 +141,9 @@ def test_describe(command: Command) -> None:
     assert "tok_embed.front.weight [257, 256]" in done.stdout
     flops = float(done.stdout.split("flops_per_token: ")[1].split()[0])
     assert 1e5 < flops < 1e7
+
+
+def test_an_ideas_name_stands_for_its_first_variant() -> None:
+    for idea, variant in (("uw", "uw1"), ("combined", "all1"), ("sacrificial", "sac1")):
+        source, found = discover.find(idea)
+        assert (source.idea, found) == (idea, variant)

@@ -20,6 +20,14 @@ def test_conformance(variant: str) -> None:
     testing.check_experiment(variant)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_conformance_on_a_gpu(variant: str) -> None:
+    testing.check_experiment(variant, device="cuda")
+    testing.check_compiles(testing.tiny(variant, "cuda"))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("variant", IDEAS)
 def test_compiles(variant: str) -> None:
     # One block holds all of an idea's code, but where two kinds of block alternate; compiling is slow.
@@ -48,6 +56,7 @@ def test_file_stands_alone(source: discover.Source) -> None:
     assert not source.broken
     assert 10 < len(source.summary) <= 110
     assert source.baseline in VARIANTS
+    assert "RESULT" not in source.doc, "the docstring says what came out, or that nothing was run yet"
     names = [line.split()[1] for line in source.path.read_text().splitlines() if line.startswith(("import ", "from "))]
     standard = {"__future__", "math", "contextlib", "copy", "dataclasses", "typing", "collections.abc"}
     outside = {n for n in names if n not in standard and not n.startswith("torch")}

@@ -88,7 +88,7 @@ def test_others_load_it_without_our_code(folder: Path, kind: str) -> None:
         out /= "model.gguf"
     done = clean(folder, "--format", kind, "--out", str(out))
     assert done.returncode == 0, done.stderr
-    assert not list(folder.glob(".*.tmp"))
+    assert not list(folder.rglob(".*.tmp"))
     restored = restore.restore(*restore.locate(folder / "gpt_out/tiny/ue-s0", folder, print, "x"))
     batches = cleanmodel.validation(restored, Report())
     ids, targets = (np.concatenate([getattr(b, name) for b in batches]) for name in ("ids", "targets"))
@@ -206,6 +206,20 @@ def test_a_missing_library_is_one_line(command: Command, tmp_path: Path, monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else found(name, *a))
     with pytest.raises(LmplayError, match=r"needs gguf: pip install 'lmplay\[export\]'"):
         cleanmodel.require("gguf")
+
+
+def test_other_data_is_told(folder: Path) -> None:
+    """Cleaning is judged on the text that the run was judged on."""
+    data = folder / "data.jsonl"
+    text = data.read_text()
+    try:
+        data.write_text(text.replace("wizards", "dragons"))
+        done = clean(folder, "--out", "other")
+    finally:
+        data.write_text(text)
+    assert done.returncode == 1
+    assert "is not what it was" in done.stderr
+    assert not (folder / "other").exists()
 
 
 def test_a_run_that_is_none(command: Command, tmp_path: Path) -> None:

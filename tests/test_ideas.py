@@ -267,6 +267,21 @@ def test_copies_of_the_predictor_agree() -> None:
             torch.testing.assert_close(made[1][path][kind], vector)
 
 
+def test_copies_of_the_learning_rates_agree() -> None:
+    """Parameters of one name learn at one rate in uw and sacrificial, and the plain vectors in combined too."""
+    rates: list[dict[str, float]] = []
+    for variant in ("uw2", "sac2", "uw1", "all1"):
+        sizes = {"exp_mul": 2.0, "depth": 1, "block_norms": True} if variant in ("uw2", "sac2") else {}
+        s = testing.tiny(variant, **sizes)
+        model = s.model()
+        names = {id(p): name for name, p in model.named_parameters()}
+        groups = s.runner.param_groups(model)
+        rates.append({names[id(p)]: g.get("lr_scale", 1.0) for g in groups for p in g["params"]})
+    for a, b in (rates[:2], rates[2:]):
+        assert any(rate != 1.0 for rate in a.values())
+        assert {n: r for n, r in a.items() if n in b} == {n: r for n, r in b.items() if n in a}
+
+
 @pytest.mark.parametrize("act", ["gelu", "relu", "elu", "identity"])
 def test_copies_of_the_unified_embedding_agree(act: str) -> None:
     tables: list[Tensor] = []

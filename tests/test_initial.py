@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -52,13 +53,20 @@ def test_what_is_not_loaded_is_listed(command: Command, trained: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "37 of 38 tensors" in done.stdout
     assert "not loaded: tok_embed.weight" in done.stdout
+    assert "new here: blocks.0" in done.stdout
 
 
-def test_another_start_is_another_run(command: Command, trained: Path) -> None:
+def test_another_start_is_another_run(command: Command, tmp_path: Path, trained: Path) -> None:
     train = ("lmp_trainer", "--training-plan", "tiny.json", "--initial-model", str(trained))
     assert command(*train).returncode == 0
     assert "is finished" in command(*train).stdout
-    assert command("lmp_trainer", "--training-plan", "tiny.json", "--fresh", "--seed", "0").returncode == 0
+    run = tmp_path / "gpt_out/tiny/gpt2ish-from=gpt2ish_s0-s0"
+    assert run.is_dir()
+    # A run that has begun needs its source no more.
+    trained.rename(tmp_path / "elsewhere")
+    assert "is finished" in command(*train).stdout
+    # Without a name of its own it would pass for the baseline, or for another seed of it.
+    assert json.loads((run / "run.json").read_text())["label"] == "gpt2ish, from gpt2ish"
 
 
 def test_another_tokenizer_is_refused(command: Command, tmp_path: Path, trained: Path) -> None:
@@ -66,6 +74,7 @@ def test_another_tokenizer_is_refused(command: Command, tmp_path: Path, trained:
     done = command("lmp_trainer", "--training-plan", "tiny.json", "--initial-model", str(trained))
     assert done.returncode == 1
     assert "another tokenizer" in done.stderr
+    assert len(list((tmp_path / "gpt_out/tiny").iterdir())) == 1
 
 
 def test_frozen_parameters_stay(command: Command, tmp_path: Path, trained: Path) -> None:
@@ -78,6 +87,8 @@ def test_frozen_parameters_stay(command: Command, tmp_path: Path, trained: Path)
         stays = name.startswith(("blocks.", "pos_embed."))
         assert torch.equal(before[name], after[name]) == stays, name
     assert command("lmp_generator", "the", "--model", str(run), "--max-len", "2").returncode == 0
+    label = json.loads((run / "run.json").read_text())["label"]
+    assert label == "gpt2ish, from gpt2ish, without blocks.* pos_embed.*"
 
 
 def test_train_only() -> None:

@@ -98,6 +98,29 @@ def test_says_how_a_run_stands_beside_its_baseline(command: Command, tmp_path: P
     assert sizes["inference_flops"] < sizes["flops"]
 
 
+def test_a_baseline_in_the_experiments_own_file(command: Command, tmp_path: Path) -> None:
+    text = Path(discover.find("gpt2ish")[0].path).read_text()
+    text = text[: text.index("BASELINE")]
+    own = 'BASELINE = "my_base"\nVARIANTS: dict[str, dict] = {"my_base": {}, "wide": {"embed_dim": 24}}\n'
+    (tmp_path / "mine.py").write_text(text + own)
+    plan = str(write_plan(tmp_path))
+    done = command("lmp_trainer", "--exp", "mine.py:wide", "--training-plan", plan, "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert "beside my_base: parameters +" in done.stdout
+    lost = text + 'BASELINE = "nowhere"\nVARIANTS: dict[str, dict] = {"alone": {}}\n'
+    (tmp_path / "alone.py").write_text(lost)
+    done = command("lmp_trainer", "--exp", "alone.py", "--training-plan", plan, "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert "not compared with its baseline" in done.stdout
+
+
+@pytest.mark.parametrize("other", ["--describe", "--check-grads", "--profile"])
+def test_what_does_not_go_together_is_refused(command: Command, tmp_path: Path, other: str) -> None:
+    done = command("lmp_trainer", "--exp", "ue", "--match", "params", other)
+    assert done.returncode == 1
+    assert "do not go together" in done.stderr
+
+
 def test_the_baseline_has_no_control(command: Command, tmp_path: Path) -> None:
     done = command("lmp_trainer", "--match", "flops", "--training-plan", str(write_plan(tmp_path)))
     assert done.returncode == 1

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..api import ModelRunner
     from ..data.packing import Arrays
+    from ..export import Gpt2
     from ..report import Report
     from ..restore import Restored
 
@@ -73,11 +74,13 @@ def command(args: argparse.Namespace) -> int:
 
     report = Report(make_console())
     restored = restore(*locate(args.run, Path(), report.note, "RUN"))
-    out = args.out or restored.run.path.with_name(restored.run.path.name + SUFFIXES[args.format])
+    path = restored.run.path.resolve()
+    out = args.out or path.with_name(path.name + SUFFIXES[args.format])
     if out.exists():
         raise LmplayError(f"--out {out}: something is there already, and it is not overwritten")
     if args.format != "lmplay":
         require(args.format)
+        standard(restored, restored.model)  # what no architecture holds is told before the long work
     elif restored.folded:
         raise LmplayError(f"{restored.run.path} is clean already; --format hf or gguf writes it for others")
     device = pick_device(args.device)
@@ -122,8 +125,8 @@ def validation(restored: Restored, report: Report) -> list[Arrays]:
 
     plan = parse_plan(restored.run.read()["plan"], f"the plan in {restored.run.path}")
     prepared = prepare(plan, report.preparing)
-    if prepared.tokenizer.fingerprint != restored.tokenizer.fingerprint:
-        raise LmplayError(f"{restored.run.path}: the plan's data gives another tokenizer now: it has changed")
+    if prepared.fingerprint != restored.run.read()["identity"]["data"]:
+        raise LmplayError(f"{restored.run.path}: the plan's data is not what it was when the run was trained")
     return list(ValidationSet(plan, prepared, restored.config.max_len).batches(8))
 
 
@@ -207,6 +210,8 @@ def write_lmplay(folder: Path, restored: Restored, folded: torch.nn.Module) -> N
 
     folder.mkdir()
     content = {**restored.run.read(), "cleaned": True, "cleaned_from": str(restored.run.path)}
+    count = sum(p.numel() for p in folded.parameters())
+    content["summary"] = {**content.get("summary", {}), "parameters": count, "training_only_parameters": 0}
     save(folder / "checkpoints", restored.found.step, {"model": model_tensors(folded)}, {})
     RunFolder(folder).create(content, restored.experiment, restored.tokenizer)
 
@@ -217,7 +222,7 @@ def write_foreign(
     """Write the format, read it back with the library that others use, and compare."""
     from .. import export
 
-    shape = export.as_gpt2(folded, restored.config.num_heads)
+    shape = standard(restored, folded)
     if "head.bias" in dict(folded.named_parameters()):
         print(f"GPT-2's head has no bias: written {shape.embed_dim} wide, where it computes the same")
     if kind == "hf":
@@ -238,6 +243,14 @@ def write_foreign(
         shutil.rmtree(path)
         aside.rename(path)
         print(f"transformers read it with gguf_file=..., n_positions={shape.max_len}")
+
+
+def standard(restored: Restored, model: torch.nn.Module) -> Gpt2:
+    """The model, folded if it is not yet, in GPT-2's shape."""
+    from ..export import as_gpt2
+
+    folded = restored.runner.fold(model) if model is restored.model and not restored.folded else model
+    return as_gpt2(folded, getattr(restored.config, "num_heads", 1))
 
 
 def compare_tokenizers(restored: Restored, theirs: Any, batches: list[Arrays]) -> None:

@@ -100,6 +100,11 @@ def command(args: argparse.Namespace) -> int:
     if args.training_plan == "list":
         list_plans(console)
         return 0
+    for other in ("describe", "check_grads", "profile"):
+        for option in ("match", "initial_model") if getattr(args, other) else ():
+            if getattr(args, option):
+                names = f"--{other.replace('_', '-')} and --{option.replace('_', '-')}"
+                raise LmplayError(f"{names} do not go together")
     source, variant = find(args.exp)
     overrides = parse_overrides(args.overrides)
     from ..devices import tune_memory
