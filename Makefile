@@ -31,7 +31,8 @@ schema: $(READY)
 	$(BIN)/python -m lmplay.plan > training_plans/plan.schema.json
 
 lock: $(READY)
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
+	echo "# Pinned versions for a reproducible .venv; 'make lock' writes them anew." > constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' >> constraints.txt
 
 clean:
 	rm -rf .venv build dist *.egg-info

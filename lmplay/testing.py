@@ -287,7 +287,7 @@ def _other_values(s: Subject, field: dataclasses.Field[Any]) -> list[Any]:
     if isinstance(value, float):
         return [value * 2, value / 2 + 0.25, 0.5]
     texts = [v[field.name] for v in s.experiment.source.variants.values() if field.name in v]
-    return [text for text in (*texts, value[::-1]) if text != value]
+    return [text for text in (*texts, value[::-1], value[:1]) if text != value]
 
 
 def _signature_or_none(s: Subject, name: str, value: Any) -> Any:

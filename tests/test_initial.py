@@ -53,7 +53,7 @@ def test_what_is_not_loaded_is_listed(command: Command, trained: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "37 of 38 tensors" in done.stdout
     assert "not loaded: tok_embed.weight" in done.stdout
-    assert "new here: blocks.0" in done.stdout
+    assert "new here: predictors.0" in done.stdout
 
 
 def test_another_start_is_another_run(command: Command, tmp_path: Path, trained: Path) -> None:
