@@ -14,7 +14,8 @@ sac1: UE 8x (or 16x) and a predicting network for each layer. sac2: UE 16x, one 
 The effective weights are computed once for all mini-batches of an optimizer step. Details that the source leaves
 open are chosen as in ue.py and uw.py. `fold` tabulates the embedding and multiplies the weights out: sac1 leaves
 a plain GPT-2, sac2 one without the blocks' LayerNorms.
-Training-only parameters: COST_sacrificial
+Training-only parameters at 50257 x 768 with 6 blocks: 500 M in the predicting networks and 314 M in the UE (sac1), 55 M
+and 628 M (sac2), beside the baseline's 121 M in all.
 
 The claim (to be tested): the largest gain of the family at the same inference cost.
 Result so far: RESULT_sacrificial
