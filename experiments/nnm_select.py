@@ -12,7 +12,8 @@ A memory costs D² + D M C + C M h + M h D parameters and the like in FLOPs, whe
 first lines say what that makes beside the baseline. Nothing folds.
 
 The claim (to be tested): two of three blocks can be memories at little loss.
-Result so far: RESULT_nnm_select
+Result so far: nnm_select against gpt2ish -.138 nats per token (below 0 is better; seed 0,
+2026-11-22, a third of the plan laptop: lmp_trainer --exp nnm_select --training-plan laptop --tokens 327680).
 Source: https://github.com/jmward01/lmplay (nnmemory 4).
 """
 

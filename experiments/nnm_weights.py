@@ -13,7 +13,7 @@ and in use, so that `--match flops` is the comparison to look at. Nothing folds.
 The source leaves open what "memory that produces weights for the linear layers" mixes by; here by position.
 
 The claim (to be tested): few cells suffice to beat a plain layer.
-Result so far: RESULT_nnm_weights
+Result so far: none yet.
 Source: https://github.com/jmward01/lmplay (nnmemory 3).
 """
 

@@ -15,7 +15,7 @@ what a mini-batch before had read is of another text (and a gradient must not de
 Differs from gpt2ish in the Runner alone: no parameter more, about the same FLOPs.
 
 The claim (to be tested): little is lost with 4 chunks and carried state.
-Result so far: RESULT_rgpt2ish
+Result so far: none yet.
 Source: https://github.com/jmward01/lmplay (recurrent baseline).
 """
 

@@ -18,7 +18,7 @@ Training-only parameters at 50257 x 768 with 6 blocks: 500 M in the predicting n
 and 628 M (sac2), beside the baseline's 121 M in all.
 
 The claim (to be tested): the largest gain of the family at the same inference cost.
-Result so far: RESULT_sacrificial
+Result so far: none yet.
 Source: https://github.com/jmward01/lmplay (sacrificial).
 """
 
