@@ -120,7 +120,7 @@ def draw(
             f"each point is the mean of the last {style.average_count}" if style.average_count > 1 else "not smoothed"
         )
         ax.set_title(f"{curves[0].plan}: {style.kind}, {window}", loc="left", fontsize=11)
-        ax.legend(loc="best", frameon=False, fontsize=9)
+        fig.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)  # inside it would cover curves
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fig.savefig(path)

@@ -20,6 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+LONG = ("test_commands_run_as_printed_in_their_order", "test_killed_at_random_moments")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: with several workers, one of them would otherwise end alone with it."""
+    items.sort(key=lambda item: not item.name.startswith(LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Prepared tokens go to a folder of this session, not to the user's; and no test uses a network."""
