@@ -18,7 +18,8 @@ Training-only parameters at 50257 x 768 with 6 blocks: 500 M in the predicting n
 and 628 M (sac2), beside the baseline's 121 M in all.
 
 The claim (to be tested): the largest gain of the family at the same inference cost.
-Result so far: none yet.
+Result so far: sac1 against gpt2ish +.009 nats per token (below 0 is better; seed 0,
+2026-11-22, a third of the plan laptop: lmp_trainer --exp sac1 --training-plan laptop --tokens 327680).
 Source: https://github.com/jmward01/lmplay (sacrificial).
 """
 

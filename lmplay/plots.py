@@ -90,7 +90,8 @@ def draw(
         "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
     }  # fmt: skip
     with plt.rc_context(settings):
-        fig, ax = plt.subplots(figsize=(10, 5.6), dpi=120, layout="constrained")
+        legend_rows = -(-len(lines) // 3)
+        fig, ax = plt.subplots(figsize=(10, 5.6 + 0.22 * legend_rows), dpi=120, layout="constrained")
         looks = colours(curves, baseline)
         for curve, x, y, faint in lines:
             colour, dash = looks[str(curve.path)]
