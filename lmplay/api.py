@@ -261,6 +261,19 @@ def computed_once(model: Holds, compute: Callable[[], dict[str, Tensor]]) -> Ite
         torch.autograd.backward(tensors, grads)
 
 
+@dataclass(frozen=True)
+class HfForm:
+    """A model as one of the transformers library's.
+
+    `model_type` and `config` are what its AutoConfig takes; `names` maps its parameters' names to the model's own,
+    of the same shapes. Tied parameters are named once.
+    """
+
+    model_type: str
+    config: dict[str, Any]
+    names: dict[str, str]
+
+
 class ModelRunner:
     """How the harness builds, trains, samples and folds one experiment's model.
 
@@ -296,6 +309,10 @@ class ModelRunner:
         like = next(model.parameters())
         return KVCache(c.num_blocks, batch_size, c.num_heads, max_len, c.embed_dim // c.num_heads, like)
 
+    def window(self) -> int | None:
+        """How many positions the model can see while it decodes; None where what it keeps of a text never grows."""
+        return self.config.max_len
+
     def logits(self, model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """Logits (B, V) behind the last of ids (B, t), which follow what `cache` already holds."""
         hidden = model(ids, cache=cache)
@@ -329,6 +346,14 @@ class ModelRunner:
         Returns the names that were used; `say` hears about the progress of long work.
         """
         return set()
+
+    def notes(self, device: torch.device) -> list[str]:
+        """What the user should know before training on the device: which of several implementations runs, say."""
+        return []
+
+    def to_hf(self, model: nn.Module) -> HfForm | None:
+        """How the transformers library holds the folded model, where it has such a model; GPT-2's form needs none."""
+        return None
 
     def fold(self, model: nn.Module) -> nn.Module:
         """The same function without the weights that served training only."""

@@ -1,7 +1,8 @@
-"""Writing a folded model in formats that others read: transformers' GPT-2 folder, and GGUF.
+"""Writing a folded model in formats that others read: a folder for the transformers library, and GGUF.
 
-Both hold one architecture here, GPT-2. A folded model fits it when its tensors are exactly the baseline's, by
-name; that its function fits too is seen on real text before anything is kept (see cli/cleanmodel.py).
+Without a word from its runner a model can be a GPT-2: when its tensors are exactly the baseline's, by name. A runner
+whose model is another one of the transformers library's says so (ModelRunner.to_hf). That the function fits too is
+seen on real text before anything is kept (see cli/cleanmodel.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .api import HfForm
 from .checkpoint import model_tensors
 from .errors import LmplayError
 from .tokenizers import Bpe, Bytes, Chars, Tiktoken, Tokenizer, byte_alphabet
@@ -146,23 +148,46 @@ def _widened(t: dict[str, Tensor], blocks: int, heads: int) -> Gpt2:
 # ---------------------------------------------------------------- transformers
 
 
-def write_hf(folder: Path, shape: Gpt2, tokenizer: Tokenizer) -> None:
+def write_gpt2(folder: Path, shape: Gpt2, tokenizer: Tokenizer) -> None:
     """A folder that AutoModelForCausalLM and AutoTokenizer load with no code of ours."""
+    config = {
+        "vocab_size": shape.vocab_size, "n_positions": shape.max_len, "n_embd": shape.embed_dim,
+        "n_layer": shape.num_blocks, "n_head": shape.num_heads, "n_inner": shape.inner, "activation_function": "gelu",
+        "layer_norm_epsilon": shape.epsilon, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+        "tie_word_embeddings": shape.tied,
+    }  # fmt: skip
+    _write_hf(folder, "gpt2", config, shape.tensors, tokenizer, shape.max_len)
+
+
+def write_form(folder: Path, form: HfForm, model: nn.Module, tokenizer: Tokenizer, max_len: int) -> None:
+    """The same of a model whose runner says which of the library's models it is.
+
+    Raises:
+        LmplayError: the library's model has other parameters than the runner says.
+    """
+    own = model_tensors(model)
+    tensors = {theirs: own[ours].detach().float().contiguous() for theirs, ours in form.names.items()}
+    _write_hf(folder, form.model_type, form.config, tensors, tokenizer, max_len)
+
+
+def _write_hf(
+    folder: Path, model_type: str, config: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer,
+    max_len: int,
+) -> None:  # fmt: skip
     transformers = _need("transformers")
-    config = transformers.GPT2Config(
-        vocab_size=shape.vocab_size, n_positions=shape.max_len, n_embd=shape.embed_dim, n_layer=shape.num_blocks,
-        n_head=shape.num_heads, n_inner=shape.inner, activation_function="gelu", layer_norm_epsilon=shape.epsilon,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=shape.tied,
-        bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot,
-    )  # fmt: skip
+    tokens = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
+    made = transformers.AutoConfig.for_model(model_type, **config, **tokens)
     with torch.device("meta"):
-        model = transformers.GPT2LMHeadModel(config)
-    model.load_state_dict(shape.tensors, assign=True)
-    if shape.tied:
+        model = transformers.AutoModelForCausalLM.from_config(made)
+    tied = {"lm_head.weight"} if made.tie_word_embeddings else set()
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    if wrong := sorted((set(missing) - tied) | set(unexpected)):
+        raise LmplayError(f"transformers' {model_type} has other parameters ({wrong[0]}); --format lmplay keeps it")
+    if tied:
         model.tie_weights()
     with _quiet(transformers):
         model.save_pretrained(folder)
-    fast_tokenizer(tokenizer, shape.max_len).save_pretrained(folder)
+    fast_tokenizer(tokenizer, max_len).save_pretrained(folder)
 
 
 def fast_tokenizer(tokenizer: Tokenizer, max_len: int) -> Any:

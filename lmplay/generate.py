@@ -70,14 +70,15 @@ def choose(logits: Tensor, seen: Tensor, how: Sampling, generator: torch.Generat
 
 @torch.no_grad()
 def generate(
-    runner: ModelRunner, model: nn.Module, prompt: list[int], new_tokens: int, window: int,
+    runner: ModelRunner, model: nn.Module, prompt: list[int], new_tokens: int, window: int | None,
     vocab_size: int, how: Sampling, num_samples: int = 1, seed: int = 0, eot: int | None = None,
 ) -> Iterator[list[int]]:  # fmt: skip
     """Yield the next token of each of `num_samples` continuations of one prompt, `new_tokens` times at most.
 
     The cache holds `window` positions, the longest the model can see. When it is full, the last half of the
-    window is read again into an empty cache and decoding goes on from there. A sequence that has reached
-    `eot` goes on yielding it; when all have, the generator ends.
+    window is read again into an empty cache and decoding goes on from there. With None nothing is read twice: what
+    such a model keeps does not grow. A sequence that has reached `eot` goes on yielding it; when all have, the
+    generator ends.
     """
     if not prompt:
         prompt = [eot or 0]
@@ -90,6 +91,8 @@ def generate(
     seen = torch.zeros(num_samples, vocab_size, dtype=torch.bool, device=device)
     seen.scatter_(1, context, True)
     ended = torch.zeros(num_samples, dtype=torch.bool, device=device)
+    if window is None:
+        window = context.shape[1] + new_tokens
     unread = context[:, -window:]
     cache, held = runner.new_cache(model, num_samples, window), 0
     try:

@@ -220,6 +220,8 @@ class Run:
         job, report = self.job, self.job.report
         where = f"seed {job.seed}, {describe_device(job.device)}, {job.precision.name}"
         report.note(f"{job.experiment.variant} on {job.plan_name}, {where}")
+        for line in self.runner.notes(job.device):
+            report.note(line)
         trainer = self.trainer()
         if not known:
             content = {

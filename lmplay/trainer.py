@@ -312,7 +312,7 @@ class Trainer:
         except LmplayError:  # a character tokenizer may not have the prompt's characters
             prompt, ids = "", [tokenizer.eot]
         stream = generate.generate(
-            self.runner, self.model, ids, new_tokens, self.length, tokenizer.vocab_size,
+            self.runner, self.model, ids, new_tokens, self.runner.window(), tokenizer.vocab_size,
             generate.Sampling(temperature=0.8, top_k=50), seed=self.seed, eot=tokenizer.eot,
         )  # fmt: skip
         return prompt + tokenizer.decode([tokens[0] for tokens in stream])

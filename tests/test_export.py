@@ -165,7 +165,7 @@ def test_gpt2_shape_computes_the_same(settings: dict[str, bool], tmp_path: Path)
     model = s.moved().eval()
     shape = export.as_gpt2(model, 2)
     assert shape.embed_dim == (16 if settings else 18)
-    export.write_hf(tmp_path / "hf", shape, train_bpe(["a b c"], 257))
+    export.write_gpt2(tmp_path / "hf", shape, train_bpe(["a b c"], 257))
     logits, _ = export.read_hf(tmp_path / "hf")
     ids = s.batch().ids
     with torch.no_grad():

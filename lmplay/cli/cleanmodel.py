@@ -80,7 +80,8 @@ def command(args: argparse.Namespace) -> int:
         raise LmplayError(f"--out {out}: something is there already, and it is not overwritten")
     if args.format != "lmplay":
         require(args.format)
-        standard(restored, restored.model)  # what no architecture holds is told before the long work
+        if args.format != "hf" or restored.runner.to_hf(restored.model) is None:
+            standard(restored, restored.model)  # what no architecture holds is told before the long work
     elif restored.folded:
         raise LmplayError(f"{restored.run.path} is clean already; --format hf or gguf writes it for others")
     device = pick_device(args.device)
@@ -222,11 +223,17 @@ def write_foreign(
     """Write the format, read it back with the library that others use, and compare."""
     from .. import export
 
-    shape = standard(restored, folded)
-    if "head.bias" in dict(folded.named_parameters()):
-        print(f"GPT-2's head has no bias: written {shape.embed_dim} wide, where it computes the same")
+    form = restored.runner.to_hf(folded)
+    if kind == "hf" and form is not None:
+        print(f"written as the transformers library's {form.model_type}")
+        export.write_form(path, form, folded, restored.tokenizer, restored.config.max_len)
+    else:
+        shape = standard(restored, folded)
+        if "head.bias" in dict(folded.named_parameters()):
+            print(f"GPT-2's head has no bias: written {shape.embed_dim} wide, where it computes the same")
     if kind == "hf":
-        export.write_hf(path, shape, restored.tokenizer)
+        if form is None:
+            export.write_gpt2(path, shape, restored.tokenizer)
         model, tokenizer = export.read_hf(path)
         check("hf", ours, look_foreign(model, batches), TOLERANCE)
     else:

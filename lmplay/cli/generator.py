@@ -70,7 +70,7 @@ def command(args: argparse.Namespace) -> int:
     if alone:
         print(prompt, end="", flush=True)
     tokens = generate(
-        runner, model, ids, args.max_len, config.max_len, config.vocab_size, how,
+        runner, model, ids, args.max_len, runner.window(), config.vocab_size, how,
         args.num_samples, args.seed, tokenizer.eot,
     )  # fmt: skip
     for row in tokens:
