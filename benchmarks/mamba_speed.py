@@ -1,0 +1,252 @@
+"""Speed and memory of Mamba and Mamba-2 beside their peers, in one interleaved run; and of decoding, by position.
+
+    python benchmarks/mamba_speed.py                      # 512 and 2048 positions, three rounds, then decoding
+    python benchmarks/mamba_speed.py --lengths 512 --rounds 5 --no-decoding
+
+12 blocks of 768, vocabulary 50257, tied; one sequence an optimizer step (--sequences N), AdamW (fused, for all), bf16
+autocast where the hardware has it. Every contestant trains in a process of its own, one after another and again in each
+round, so that a slow minute of the machine meets all alike: some steps to warm up, then one that is timed. Peak memory
+is the process's; "step MB" is what it holds above torch, weights, gradients and AdamW's moments, which all have alike.
+
+    mamba, mamba2              this project's, by their chunked scans
+    mamba-kernel, mamba2-kernel  the same with the kernel that is installed (CUDA only)
+    mambapy                    github.com/alxndrTL/mamba.py: a parallel scan in plain torch (pip install mambapy)
+    hf-mamba, hf-mamba2        the transformers library's classes without kernels; hf-mamba loops over time, and takes
+                               minutes a step (--slow, and then at 128 positions only)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+BLOCKS, DIM, VOCAB, STATE, HEADS = 12, 768, 50257, {"mamba": 16, "mamba2": 128}, 12
+DECODED, WINDOWS = 4000, 8
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--lengths", type=int, nargs="*", default=[512, 2048])
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--sequences", type=int, default=1, help="sequences in an optimizer step")
+    p.add_argument("--warm-up", type=int, default=2, help="steps before the one that is timed")
+    p.add_argument("--slow", action="store_true", help="the loop over time of transformers' Mamba, too")
+    p.add_argument("--no-decoding", action="store_true")
+    p.add_argument("--only", nargs="*", help="these contestants only")
+    p.add_argument("--worker", help=argparse.SUPPRESS)
+    p.add_argument("--length", type=int, default=512, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.worker:
+        work = decode if args.length == 0 else train
+        print(json.dumps(work(args.worker, args)))
+        return 0
+    for length in args.lengths:
+        compete(args, length, args.only or contestants())
+    if args.slow:
+        compete(args, 128, ["hf-mamba", "mamba"])
+    for name in () if args.no_decoding else ("mamba", "mamba2"):
+        rates = run(args, name, 0)["rates"]
+        step = DECODED // WINDOWS
+        print(f"\n{name}: greedy decoding of one sequence, tokens/s by position")
+        for i, rate in enumerate(rates):
+            print(f"  {i * step + 1:5} to {(i + 1) * step:5}: {rate:.1f}")
+    return 0
+
+
+def contestants() -> list[str]:
+    """Who can run here."""
+    import torch
+
+    names = ["mamba", "mamba2", "hf-mamba2"]
+    if importlib.util.find_spec("mambapy") is not None:
+        names.insert(1, "mambapy")
+    else:
+        print("mambapy is not installed and stays out: pip install mambapy")
+    if torch.cuda.is_available():
+        names += ["mamba-kernel"] if importlib.util.find_spec("mamba_ssm") else []
+        names += ["mamba2-kernel"] if importlib.util.find_spec("fla") or importlib.util.find_spec("mamba_ssm") else []
+    return names
+
+
+def run(args: argparse.Namespace, name: str, length: int) -> dict[str, Any]:
+    """One contestant in a process of its own."""
+    command = [sys.executable, __file__, "--worker", name, "--length", str(length)]
+    command += ["--sequences", str(args.sequences), "--warm-up", str(args.warm_up)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{name} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def compete(args: argparse.Namespace, length: int, names: list[str]) -> None:
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(args.rounds):
+        for name in names:
+            results[name].append(run(args, name, length))
+            print(
+                f"{length} positions, round {number + 1}: {name} {results[name][-1]['rate']:.1f} tokens/s", flush=True
+            )
+    precision = results[names[0]][0]["precision"]
+    print(f"\n{args.sequences} x {length} positions a step, {BLOCKS} x {DIM}, vocabulary {VOCAB}, {precision}")
+    print(f"{'contestant':14} {'tokens/s':>9} {'min':>8} {'max':>8} {'peak MB':>8} {'step MB':>8}  parameters")
+    for name, rows in results.items():
+        rates = [r["rate"] for r in rows]
+        peak, step = (statistics.median(r[key] for r in rows) for key in ("peak_mb", "step_mb"))
+        print(
+            f"{name:14} {statistics.median(rates):9.1f} {min(rates):8.1f} {max(rates):8.1f} {peak:8.0f} {step:8.0f}"
+            f"  {rows[0]['parameters'] / 1e6:.1f} M"
+        )
+    for ours, theirs in (("mamba", "mambapy"), ("mamba", "hf-mamba"), ("mamba2", "hf-mamba2"),
+                         ("mamba", "mamba-kernel"), ("mamba2", "mamba2-kernel")):  # fmt: skip
+        if ours in results and theirs in results:
+            pairs = list(zip(results[ours], results[theirs], strict=True))
+            ratios = [a["rate"] / b["rate"] for a, b in pairs]
+            memory = [statistics.median(a[key] / b[key] for a, b in pairs) for key in ("peak_mb", "step_mb")]
+            print(
+                f"{ours} / {theirs}: speed {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
+                f"peak memory {memory[0]:.2f}, of the step alone {memory[1]:.2f}"
+            )
+    print()
+
+
+def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """A contestant's round, in this process."""
+    if name.startswith("mamba"):
+        from lmplay.devices import tune_memory
+
+        tune_memory()  # as the command does, before torch is imported
+    import torch
+
+    from lmplay import probe
+    from lmplay.devices import peak_memory_mb, pick_device, pick_precision
+
+    device = pick_device("auto")
+    precision = pick_precision(device, amp=True)
+    base = 0.0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    torch.manual_seed(0)
+    model, loss = peer(name) if name.startswith("hf") or name == "mambapy" else ours(name, args.length)
+    model.to(device).train()
+    count = sum(p.numel() for p in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
+    ids = torch.randint(VOCAB, (args.sequences, args.length + 1), device=device)
+
+    def step() -> None:
+        with probe.autocast(device, precision):
+            value = loss(ids[:, :-1], ids[:, 1:])
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        float(value.detach())  # waits for a GPU
+
+    for _ in range(args.warm_up):
+        step()
+    began = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - began
+    peak = peak_memory_mb(device)
+    return {
+        "rate": args.sequences * args.length / seconds, "peak_mb": peak, "parameters": count,
+        "step_mb": peak - base - 16 * count / 2**20, "precision": precision.name,
+    }  # fmt: skip
+
+
+def ours(name: str, length: int, seed: int = 0) -> tuple[nn.Module, Any]:
+    """The experiment's model and its loss, by its runner's step."""
+    from lmplay import probe
+    from lmplay.api import Batch
+    from lmplay.discover import find, load
+
+    idea, _, scan = name.partition("-")
+    experiment = load(*find(idea))
+    sizes = {"num_blocks": BLOCKS, "embed_dim": DIM, "max_len": length, "vocab_size": VOCAB, "scan": scan or "chunked"}
+    config = experiment.config_type(**sizes, state_dim=STATE[idea])
+    runner = experiment.runner(config)
+    model = probe.build_model(runner, seed)
+
+    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+        out = runner.step(model, Batch(ids, targets))
+        return out.loss_sum / out.n_tokens
+
+    return model, loss
+
+
+def peer(name: str) -> tuple[nn.Module, Any]:
+    """A peer of the same shape, with a tied head and the usual cross entropy over full logits."""
+    import torch.nn.functional as F
+    from torch import nn
+
+    if name == "mambapy":
+        from mambapy.mamba import Mamba, MambaConfig
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embedding = nn.Embedding(VOCAB, DIM)
+                nn.init.normal_(self.embedding.weight, std=0.02)
+                self.mamba = Mamba(MambaConfig(d_model=DIM, n_layers=BLOCKS, d_state=STATE["mamba"]))
+                self.norm = nn.RMSNorm(DIM)
+
+            def forward(self, ids: Tensor) -> Tensor:
+                return F.linear(self.norm(self.mamba(self.embedding(ids))), self.embedding.weight)
+
+        model: nn.Module = Model()
+        logits: Any = model
+    else:
+        import transformers
+
+        kind = name.removeprefix("hf-")
+        config = {
+            "vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": BLOCKS, "state_size": STATE[kind],
+            "tie_word_embeddings": True, "use_cache": False,
+        }  # fmt: skip
+        if kind == "mamba2":
+            config |= {"num_heads": 2 * HEADS, "head_dim": DIM // HEADS, "n_groups": 1}
+        transformers.utils.logging.set_verbosity_error()
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **config))
+        logits = lambda ids: model(ids).logits  # noqa: E731
+
+    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits(ids).flatten(0, 1), targets.flatten())
+
+    return model, loss
+
+
+def decode(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of greedy decoding, for each of so many windows of positions: the median over its tokens."""
+    import torch
+
+    from lmplay import probe
+    from lmplay.devices import pick_device, pick_precision
+    from lmplay.discover import find, load
+
+    device = pick_device("auto")
+    experiment = load(*find(name))
+    config = experiment.config_type(num_blocks=BLOCKS, embed_dim=DIM, vocab_size=VOCAB, state_dim=STATE[name])
+    runner = experiment.runner(config)
+    model = probe.build_model(runner, 0).to(device).eval()
+    cache: Any = runner.new_cache(model, 1, DECODED)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    seconds = []
+    with torch.no_grad(), probe.autocast(device, pick_precision(device, amp=device.type == "cuda")):
+        for _ in range(DECODED):
+            began = time.perf_counter()
+            logits, cache = runner.logits(model, token, cache)
+            token = logits.argmax(-1, keepdim=True)
+            int(token)  # waits for a GPU
+            seconds.append(time.perf_counter() - began)
+    size = DECODED // WINDOWS
+    return {"rates": [1 / statistics.median(seconds[i : i + size]) for i in range(0, DECODED, size)]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
