@@ -11,6 +11,7 @@ is the process's; "step MB" is what it holds above torch, weights, gradients and
     mamba, mamba2              this project's, by their chunked scans
     mamba-kernel, mamba2-kernel  the same with the kernel that is installed (CUDA only)
     mambapy                    github.com/alxndrTL/mamba.py: a parallel scan in plain torch (pip install mambapy)
+    +memory                    a peer with lmplay's memory setting, which is no part of it: what that setting does
     hf-mamba, hf-mamba2        the transformers library's classes without kernels; hf-mamba loops over time, and takes
                                minutes a step (--slow, and then at 128 positions only)
 """
@@ -67,9 +68,9 @@ def contestants() -> list[str]:
     """Who can run here."""
     import torch
 
-    names = ["mamba", "mamba2", "hf-mamba2"]
+    names = ["mamba", "mamba2", "hf-mamba2", "hf-mamba2+memory"]
     if importlib.util.find_spec("mambapy") is not None:
-        names.insert(1, "mambapy")
+        names[1:1] = ["mambapy", "mambapy+memory"]
     else:
         print("mambapy is not installed and stays out: pip install mambapy")
     if torch.cuda.is_available():
@@ -106,8 +107,9 @@ def compete(args: argparse.Namespace, length: int, names: list[str]) -> None:
             f"{name:14} {statistics.median(rates):9.1f} {min(rates):8.1f} {max(rates):8.1f} {peak:8.0f} {step:8.0f}"
             f"  {rows[0]['parameters'] / 1e6:.1f} M"
         )
-    for ours, theirs in (("mamba", "mambapy"), ("mamba", "hf-mamba"), ("mamba2", "hf-mamba2"),
-                         ("mamba", "mamba-kernel"), ("mamba2", "mamba2-kernel")):  # fmt: skip
+    pairs_asked = [("mamba", "mambapy"), ("mamba", "mambapy+memory"), ("mamba", "hf-mamba"), ("mamba2", "hf-mamba2")]
+    pairs_asked += [("mamba2", "hf-mamba2+memory"), ("mamba", "mamba-kernel"), ("mamba2", "mamba2-kernel")]
+    for ours, theirs in pairs_asked:
         if ours in results and theirs in results:
             pairs = list(zip(results[ours], results[theirs], strict=True))
             ratios = [a["rate"] / b["rate"] for a, b in pairs]
@@ -121,7 +123,7 @@ def compete(args: argparse.Namespace, length: int, names: list[str]) -> None:
 
 def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """A contestant's round, in this process."""
-    if name.startswith("mamba"):
+    if not is_peer(name) or name.endswith("+memory"):
         from lmplay.devices import tune_memory
 
         tune_memory()  # as the command does, before torch is imported
@@ -134,7 +136,7 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     precision = pick_precision(device, amp=True)
     base = 0.0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     torch.manual_seed(0)
-    model, loss = peer(name) if name.startswith("hf") or name == "mambapy" else ours(name, args.length)
+    model, loss = peer(name.removesuffix("+memory")) if is_peer(name) else ours(name, args.length)
     model.to(device).train()
     count = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
@@ -158,6 +160,10 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "rate": args.sequences * args.length / seconds, "peak_mb": peak, "parameters": count,
         "step_mb": peak - base - 16 * count / 2**20, "precision": precision.name,
     }  # fmt: skip
+
+
+def is_peer(name: str) -> bool:
+    return name.startswith(("hf", "mambapy"))
 
 
 def ours(name: str, length: int, seed: int = 0) -> tuple[nn.Module, Any]:

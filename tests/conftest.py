@@ -13,8 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+
+from lmplay import checkpoint
+from lmplay.compare import read_curve
+from lmplay.stats import CLOCK_COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -101,3 +106,18 @@ def write_plan(folder: Path, **changes: Any) -> Path:
     path = folder / "tiny.json"
     path.write_text(json.dumps(plan))
     return path
+
+
+def assert_equal_to_the_bit(a: Path, b: Path) -> None:
+    """Weights, optimizer, random numbers and curves (but for the clock's columns) of two runs."""
+    one, two = (checkpoint.newest(p / "checkpoints", print) for p in (a, b))
+    assert one is not None
+    assert two is not None
+    assert one.step == two.step
+    for name in ("model", "optimizer", "rng"):
+        x, y = one.tensors(name), two.tensors(name)
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[k], y[k]) for k in x), name
+    for name in ("train.csv", "validate.csv"):
+        x, y = (read_curve(p / name).drop(columns=list(CLOCK_COLUMNS), errors="ignore") for p in (a, b))
+        pd.testing.assert_frame_equal(x, y, check_exact=True)

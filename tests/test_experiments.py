@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import Command, write_plan
+from conftest import Command, assert_equal_to_the_bit, write_plan
 
 from lmplay import discover, testing
+from lmplay.trainer import Trainer
 
 SOURCES = discover.list_sources()
 VARIANTS = [v for s in SOURCES for v in s.variants]
@@ -36,16 +39,29 @@ def test_compiles(variant: str) -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("variant", IDEAS)  # all go through the conformance suite; one of each idea here
-def test_trains_resumes_and_generates(variant: str, command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", [*IDEAS, "hybrid"])  # all go through the conformance suite; one of each idea here
+def test_trains_resumes_and_generates(
+    variant: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle and resumed, a run is to the bit the one that was not."""
     plan = write_plan(tmp_path)
     train = ("lmp_trainer", "--exp", variant, "--training-plan", str(plan), "--mini-batch-size", "4")
-    first = command(*train)
-    assert first.returncode == 0, first.stderr
-    assert "val_bpb:" in first.stdout
+    record = Trainer.record
+
+    def stop_at_5(trainer: Trainer, *args: Any) -> None:
+        record(trainer, *args)
+        trainer.stop_signal = signal.SIGINT if trainer.place.step == 5 else None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "record", stop_at_5)
+        assert command(*train).returncode == 130
     again = command(*train)
-    assert again.returncode == 0
-    assert "is finished" in again.stdout
+    assert again.returncode == 0, again.stderr
+    assert "at step 5" in again.stdout
+    assert "val_bpb:" in again.stdout
+    whole = command(*train, "--out", "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert_equal_to_the_bit(*(tmp_path / out / "tiny" / f"{variant}-s0" for out in ("gpt_out", "whole")))
     text = command("lmp_generator", "the quick", "--max-len", "5")
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("the quick")

@@ -11,10 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
-from conftest import call_command, run_command, write_plan
+from conftest import assert_equal_to_the_bit, call_command, run_command, write_plan
 from rich.console import Console
 
 from lmplay import checkpoint
@@ -26,7 +25,6 @@ from lmplay.errors import NotFiniteError
 from lmplay.plan import load_plan
 from lmplay.report import Report
 from lmplay.runs import RunFolder
-from lmplay.stats import CLOCK_COLUMNS
 from lmplay.trainer import Options, Trainer
 
 TRAIN = [sys.executable, "-m", "lmplay.cli.trainer"]
@@ -35,21 +33,6 @@ TRAIN = [sys.executable, "-m", "lmplay.cli.trainer"]
 def only_run(folder: Path) -> Path:
     (path,) = (p.parent for p in (folder / "gpt_out").rglob("run.json"))
     return path
-
-
-def assert_equal_to_the_bit(a: Path, b: Path) -> None:
-    """Weights, optimizer, random numbers and curves (but for the clock's columns) of two runs."""
-    one, two = (checkpoint.newest(p / "checkpoints", print) for p in (a, b))
-    assert one is not None
-    assert two is not None
-    assert one.step == two.step
-    for name in ("model", "optimizer", "rng"):
-        x, y = one.tensors(name), two.tensors(name)
-        assert x.keys() == y.keys()
-        assert all(torch.equal(x[k], y[k]) for k in x), name
-    for name in ("train.csv", "validate.csv"):
-        x, y = (read_curve(p / name).drop(columns=list(CLOCK_COLUMNS), errors="ignore") for p in (a, b))
-        pd.testing.assert_frame_equal(x, y, check_exact=True)
 
 
 def test_killed_at_random_moments_and_resumed_it_is_equal_to_the_bit(tmp_path: Path) -> None:
