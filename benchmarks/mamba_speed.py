@@ -5,15 +5,16 @@
 
 12 blocks of 768, vocabulary 50257, tied; one sequence an optimizer step (--sequences N), AdamW (fused, for all), bf16
 autocast where the hardware has it. Every contestant trains in a process of its own, one after another and again in each
-round, so that a slow minute of the machine meets all alike: some steps to warm up, then one that is timed. Peak memory
-is the process's; "step MB" is what it holds above torch, weights, gradients and AdamW's moments, which all have alike.
+round, so that a slow minute of the machine meets all alike: some steps to warm up, then those that are timed. Peak
+memory is the process's; "step MB" is what it holds above the libraries, weights, gradients and AdamW's moments.
 
     mamba, mamba2              this project's, by their chunked scans
     mamba-kernel, mamba2-kernel  the same with the kernel that is installed (CUDA only)
     mambapy                    github.com/alxndrTL/mamba.py: a parallel scan in plain torch (pip install mambapy)
-    +memory                    a peer with lmplay's memory setting, which is no part of it: what that setting does
     hf-mamba, hf-mamba2        the transformers library's classes without kernels; hf-mamba loops over time, and takes
                                minutes a step (--slow, and then at 128 positions only)
+    +lmplay                    a peer between lmplay's memory setting and its chunked head and loss, where the others
+                               have what their users have: full logits. So what is left is the mixers' difference.
 """
 
 from __future__ import annotations
@@ -40,15 +41,17 @@ def main() -> int:
     p.add_argument("--lengths", type=int, nargs="*", default=[512, 2048])
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--sequences", type=int, default=1, help="sequences in an optimizer step")
-    p.add_argument("--warm-up", type=int, default=2, help="steps before the one that is timed")
+    p.add_argument("--warm-up", type=int, default=3, help="steps before those that are timed")
+    p.add_argument("--steps", type=int, default=2, help="steps that are timed")
     p.add_argument("--slow", action="store_true", help="the loop over time of transformers' Mamba, too")
     p.add_argument("--no-decoding", action="store_true")
     p.add_argument("--only", nargs="*", help="these contestants only")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     p.add_argument("--length", type=int, default=512, help=argparse.SUPPRESS)
+    p.add_argument("--decode", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.worker:
-        work = decode if args.length == 0 else train
+        work = decode if args.decode else train
         print(json.dumps(work(args.worker, args)))
         return 0
     for length in args.lengths:
@@ -56,7 +59,7 @@ def main() -> int:
     if args.slow:
         compete(args, 128, ["hf-mamba", "mamba"])
     for name in () if args.no_decoding else ("mamba", "mamba2"):
-        rates = run(args, name, 0)["rates"]
+        rates = run(args, name, "--decode")["rates"]
         step = DECODED // WINDOWS
         print(f"\n{name}: greedy decoding of one sequence, tokens/s by position")
         for i, rate in enumerate(rates):
@@ -68,9 +71,9 @@ def contestants() -> list[str]:
     """Who can run here."""
     import torch
 
-    names = ["mamba", "mamba2", "hf-mamba2", "hf-mamba2+memory"]
+    names = ["mamba", "mamba2", "hf-mamba2", "hf-mamba2+lmplay"]
     if importlib.util.find_spec("mambapy") is not None:
-        names[1:1] = ["mambapy", "mambapy+memory"]
+        names[1:1] = ["mambapy", "mambapy+lmplay"]
     else:
         print("mambapy is not installed and stays out: pip install mambapy")
     if torch.cuda.is_available():
@@ -79,10 +82,10 @@ def contestants() -> list[str]:
     return names
 
 
-def run(args: argparse.Namespace, name: str, length: int) -> dict[str, Any]:
+def run(args: argparse.Namespace, name: str, *more: str) -> dict[str, Any]:
     """One contestant in a process of its own."""
-    command = [sys.executable, __file__, "--worker", name, "--length", str(length)]
-    command += ["--sequences", str(args.sequences), "--warm-up", str(args.warm_up)]
+    command = [sys.executable, __file__, "--worker", name, *more]
+    command += ["--sequences", str(args.sequences), "--warm-up", str(args.warm_up), "--steps", str(args.steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{name} failed:\n{done.stderr}")
@@ -93,22 +96,22 @@ def compete(args: argparse.Namespace, length: int, names: list[str]) -> None:
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(args.rounds):
         for name in names:
-            results[name].append(run(args, name, length))
+            results[name].append(run(args, name, "--length", str(length)))
             print(
                 f"{length} positions, round {number + 1}: {name} {results[name][-1]['rate']:.1f} tokens/s", flush=True
             )
     precision = results[names[0]][0]["precision"]
     print(f"\n{args.sequences} x {length} positions a step, {BLOCKS} x {DIM}, vocabulary {VOCAB}, {precision}")
-    print(f"{'contestant':14} {'tokens/s':>9} {'min':>8} {'max':>8} {'peak MB':>8} {'step MB':>8}  parameters")
+    print(f"{'contestant':16} {'tokens/s':>9} {'min':>8} {'max':>8} {'peak MB':>8} {'step MB':>8}  parameters")
     for name, rows in results.items():
         rates = [r["rate"] for r in rows]
         peak, step = (statistics.median(r[key] for r in rows) for key in ("peak_mb", "step_mb"))
         print(
-            f"{name:14} {statistics.median(rates):9.1f} {min(rates):8.1f} {max(rates):8.1f} {peak:8.0f} {step:8.0f}"
+            f"{name:16} {statistics.median(rates):9.1f} {min(rates):8.1f} {max(rates):8.1f} {peak:8.0f} {step:8.0f}"
             f"  {rows[0]['parameters'] / 1e6:.1f} M"
         )
-    pairs_asked = [("mamba", "mambapy"), ("mamba", "mambapy+memory"), ("mamba", "hf-mamba"), ("mamba2", "hf-mamba2")]
-    pairs_asked += [("mamba2", "hf-mamba2+memory"), ("mamba", "mamba-kernel"), ("mamba2", "mamba2-kernel")]
+    pairs_asked = [("mamba", "mambapy"), ("mamba", "mambapy+lmplay"), ("mamba", "hf-mamba"), ("mamba2", "hf-mamba2")]
+    pairs_asked += [("mamba2", "hf-mamba2+lmplay"), ("mamba", "mamba-kernel"), ("mamba2", "mamba2-kernel")]
     for ours, theirs in pairs_asked:
         if ours in results and theirs in results:
             pairs = list(zip(results[ours], results[theirs], strict=True))
@@ -123,7 +126,7 @@ def compete(args: argparse.Namespace, length: int, names: list[str]) -> None:
 
 def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """A contestant's round, in this process."""
-    if not is_peer(name) or name.endswith("+memory"):
+    if not is_peer(name) or name.endswith("+lmplay"):
         from lmplay.devices import tune_memory
 
         tune_memory()  # as the command does, before torch is imported
@@ -134,9 +137,10 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     device = pick_device("auto")
     precision = pick_precision(device, amp=True)
+    load_library(name)
     base = 0.0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     torch.manual_seed(0)
-    model, loss = peer(name.removesuffix("+memory")) if is_peer(name) else ours(name, args.length)
+    model, loss = peer(name) if is_peer(name) else ours(name, args.length)
     model.to(device).train()
     count = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
@@ -153,8 +157,9 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.warm_up):
         step()
     began = time.perf_counter()
-    step()
-    seconds = time.perf_counter() - began
+    for _ in range(args.steps):
+        step()
+    seconds = (time.perf_counter() - began) / args.steps
     peak = peak_memory_mb(device)
     return {
         "rate": args.sequences * args.length / seconds, "peak_mb": peak, "parameters": count,
@@ -166,10 +171,21 @@ def is_peer(name: str) -> bool:
     return name.startswith(("hf", "mambapy"))
 
 
+def load_library(name: str) -> None:
+    """What a contestant imports, so that it is not counted as its memory; without kernels for the transformers library,
+    which would take mamba-ssm's by itself."""
+    if name.startswith("hf"):
+        sys.modules.update(dict.fromkeys(("mamba_ssm", "causal_conv1d")))  # importing them fails from here on
+        from transformers import Mamba2ForCausalLM, MambaForCausalLM  # noqa: F401
+    elif name.startswith("mambapy"):
+        import mambapy.mamba  # noqa: F401
+
+
 def ours(name: str, length: int, seed: int = 0) -> tuple[nn.Module, Any]:
     """The experiment's model and its loss, by its runner's step."""
     from lmplay import probe
     from lmplay.api import Batch
+    from lmplay.devices import pick_device
     from lmplay.discover import find, load
 
     idea, _, scan = name.partition("-")
@@ -177,6 +193,8 @@ def ours(name: str, length: int, seed: int = 0) -> tuple[nn.Module, Any]:
     sizes = {"num_blocks": BLOCKS, "embed_dim": DIM, "max_len": length, "vocab_size": VOCAB, "scan": scan or "chunked"}
     config = experiment.config_type(**sizes, state_dim=STATE[idea])
     runner = experiment.runner(config)
+    if scan == "kernel" and not any("kernel (" in line for line in runner.notes(pick_device("auto"))):
+        sys.exit(f"{name}: no kernel is installed for this device")
     model = probe.build_model(runner, seed)
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
@@ -187,10 +205,13 @@ def ours(name: str, length: int, seed: int = 0) -> tuple[nn.Module, Any]:
 
 
 def peer(name: str) -> tuple[nn.Module, Any]:
-    """A peer of the same shape, with a tied head and the usual cross entropy over full logits."""
+    """A peer of the same shape, with a tied head and the usual cross entropy over full logits, or our head and loss."""
     import torch.nn.functional as F
     from torch import nn
 
+    from lmplay.api import linear_cross_entropy
+
+    name, _, with_ours = name.partition("+")
     if name == "mambapy":
         from mambapy.mamba import Mamba, MambaConfig
 
@@ -203,10 +224,12 @@ def peer(name: str) -> tuple[nn.Module, Any]:
                 self.norm = nn.RMSNorm(DIM)
 
             def forward(self, ids: Tensor) -> Tensor:
-                return F.linear(self.norm(self.mamba(self.embedding(ids))), self.embedding.weight)
+                return self.norm(self.mamba(self.embedding(ids)))
 
         model: nn.Module = Model()
-        logits: Any = model
+        hidden: Any = model
+        head: nn.Linear = nn.Linear(DIM, VOCAB, bias=False)
+        head.weight = model.embedding.weight
     else:
         import transformers
 
@@ -219,10 +242,13 @@ def peer(name: str) -> tuple[nn.Module, Any]:
             config |= {"num_heads": 2 * HEADS, "head_dim": DIM // HEADS, "n_groups": 1}
         transformers.utils.logging.set_verbosity_error()
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **config))
-        logits = lambda ids: model(ids).logits  # noqa: E731
+        hidden, head = lambda ids: model.backbone(ids).last_hidden_state, model.lm_head
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits(ids).flatten(0, 1), targets.flatten())
+        if with_ours:
+            out = linear_cross_entropy(hidden(ids), head, targets)
+            return out.loss_sum / out.n_tokens
+        return F.cross_entropy(head(hidden(ids)).float().flatten(0, 1), targets.flatten())
 
     return model, loss
 

@@ -8,27 +8,29 @@ input itself sets. Reading a token costs the same at every position, and what is
     h_t = exp(δ_t A) h_{t-1} + δ_t x_t B_t;   y_t = C_t h_t + d x_t     (E, N), A = -exp(A_log)
     r = r + out_proj(y silu(z))
 
-Source: Mamba, Gu & Dao 2023 (arXiv 2312.00752), algorithm 2, section 3.4 and appendix E.2 (how weights start). The
-weights are those of the transformers library's MambaForCausalLM, by name: lmp_cleanmodel --format hf writes them.
+Source: Mamba, Gu & Dao 2023 (arXiv 2312.00752), algorithm 2, section 3.4; how weights start: section 3.6 and the
+authors' code. The weights are those of the transformers library's MambaForCausalLM, by name: lmp_cleanmodel --format hf
+writes them.
 Differs from gpt2ish in all but the head and the training: no attention, feed-forward or positions; the head is tied
 and has no bias. A block has about half of a gpt2ish block's parameters, so a fair comparison needs --match params.
 
 Three scans compute the recurrence. `naive` is the formula, a loop over time under autograd: the reference. `chunked`
 is for every device: about sqrt(T) positions at a time it computes decays and inputs in one operation each, steps
-through them in place (one operation a position), and weighs the states by C in one batched product. Only the states
-between chunks are kept; the backward pass computes the rest again, so memory grows with sqrt(T) N, not with T N. A scan
+through them in place (one operation a position), and weighs the states by C in one batched product. Beside its
+inputs it keeps one state a chunk, sqrt(T) (N, E); the backward pass computes the others again. A scan
 in log2(T) parallel rounds would move every state several times; where memory is what limits, stepping is faster.
 `kernel` is mamba-ssm's CUDA kernel where that is installed, else the chunked scan, as is announced. All of them keep
-decays and states in float32 under autocast.
+decays and states in float32 under autocast. FLOPs are counted as run: with the products that the backward pass makes
+again, without a kernel's, and without what is no product (per token and block some 10 N E in the scan).
 
 Expected: at equal data a little behind gpt2ish at the same number of blocks; in use no cache that grows.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,8 +76,6 @@ class Config:
 # D and dt_bias (E), and the state before the first position (B, N, E). It returns y silu(z) (B, T, E) and the state
 # behind the last position, through which no gradient flows.
 
-Scan = Callable[..., tuple[Tensor, Tensor]]
-
 
 def naive_scan(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, state: Tensor
@@ -109,7 +109,7 @@ class _ChunkedScan(torch.autograd.Function):
         ctx: Any, x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
         state: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        chunk = max(1, math.isqrt(max(0, x.shape[1] - 1)) + 1)  # sqrt(T), rounded up
+        chunk = math.isqrt(x.shape[1] - 1) + 1  # sqrt(T), rounded up
         with torch.autocast(x.device.type, enabled=False):
             xs, dts, Bs, Cs, zs = _time_first(state.dtype, x, dt, B, C, z)
             delta = F.softplus(dts + dt_bias)  # (T, B, E)
@@ -151,7 +151,7 @@ class _ChunkedScan(torch.autograd.Function):
                 # g_t = dL/dh_t = C_t gy_t + a_{t+1} g_{t+1}, from the last position to the first.
                 torch.mul(gy[part].unsqueeze(2), Cs[part].unsqueeze(3), out=g)
                 later = g[-1].add_(carry)
-                for decay, here in zip(reversed(a.unbind(0)), reversed(g[:-1].unbind(0)), strict=False):
+                for decay, here in zip(reversed(a[1:].unbind(0)), reversed(g[:-1].unbind(0)), strict=True):
                     later = here.addcmul_(decay, later)
                 carry = a[0] * later
                 dC[part] = _over_features(gy[part], h)
@@ -213,16 +213,20 @@ def kernel_scan(
     return y.transpose(1, 2), last.transpose(1, 2).to(state.dtype).detach()
 
 
+INSTALLED = importlib.util.find_spec("mamba_ssm") is not None
+
+
 def has_kernel(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("mamba_ssm") is not None
+    return device.type == "cuda" and INSTALLED
 
 
 @torch.compiler.disable  # a loop over time would be unrolled, step by step
 def selective_scan(name: str, fresh: bool, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The scan of that name; the kernel where there is one for the device and the state is `fresh`, zeros."""
+    """The scan of that name; the kernel where there is one for the device, that begins from zeros and below float64."""
     if name == "naive":
         return naive_scan(*inputs)
-    return (kernel_scan if name == "kernel" and fresh and has_kernel(inputs[0].device) else chunked_scan)(*inputs)
+    possible = fresh and inputs[0].dtype != torch.float64 and has_kernel(inputs[0].device)
+    return (kernel_scan if name == "kernel" and possible else chunked_scan)(*inputs)
 
 
 # ---------------------------------------------------------------- the model
@@ -265,11 +269,11 @@ class OutProjection(nn.Linear):
 
 
 class DtProjection(nn.Linear):
-    """The step sizes: softplus of the bias is log-uniform in [.001, .1] at the start (section 3.6)."""
+    """The step sizes: softplus of the bias is log-uniform in [.001, .1] at the start, as in the authors' code."""
 
     def reset_parameters(self) -> None:
         nn.init.uniform_(self.weight, -(self.in_features**-0.5), self.in_features**-0.5)
-        dt = torch.exp(torch.empty_like(self.bias).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+        dt = torch.exp(torch.empty_like(self.bias).uniform_(math.log(1e-3), math.log(1e-1)))
         with torch.no_grad():
             self.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 

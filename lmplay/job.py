@@ -220,13 +220,14 @@ class Run:
         job, report = self.job, self.job.report
         where = f"seed {job.seed}, {describe_device(job.device)}, {job.precision.name}"
         report.note(f"{job.experiment.variant} on {job.plan_name}, {where}")
-        for line in self.runner.notes(job.device):
+        notes = self.runner.notes(job.device)
+        for line in notes:
             report.note(line)
         trainer = self.trainer()
         if not known:
             content = {
                 "identity": self.identity,
-                **provenance(job, self.match, self.initial, self.commit, self.diff),
+                **provenance(job, self.match, self.initial, self.commit, self.diff, notes),
                 **size,
             }
             self.folder.create(content, job.experiment, self.prepared.tokenizer)
@@ -243,7 +244,7 @@ class Run:
 
 
 def provenance(
-    job: Job, match: Match | None, source: Restored | None, commit: str | None, diff: str | None
+    job: Job, match: Match | None, source: Restored | None, commit: str | None, diff: str | None, notes: list[str]
 ) -> dict[str, Any]:
     """What run.json says about where a run comes from."""
     told: dict[str, Any] = {
@@ -258,6 +259,7 @@ def provenance(
         "versions": {"lmplay": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
         "threads": torch.get_num_threads(),
         "compiled": job.request.compile_model,
+        "notes": notes,
         "git": {"commit": commit, "dirty": bool(diff)},
     }
     # What comparisons call it, where it is not simply its variant: or it would pass for another seed of that.

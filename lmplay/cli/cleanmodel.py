@@ -30,6 +30,7 @@ EPILOG = """formats:
   gguf    a file for llama.cpp and its family (RUN.gguf)"""
 SUFFIXES = {"lmplay": "-clean", "hf": "-hf", "gguf": ".gguf"}
 TOLERANCE = 1e-4  # of the largest logit, and of the loss in nats: float32 rounding stays far below
+FOREIGN_SEQUENCES = 8  # compared with another library's model that may be slow
 GELU_TOLERANCE = 5e-4  # of the loss: GGUF's readers compute GELU by another formula
 
 
@@ -80,7 +81,12 @@ def command(args: argparse.Namespace) -> int:
         raise LmplayError(f"--out {out}: something is there already, and it is not overwritten")
     if args.format != "lmplay":
         require(args.format)
-        if args.format != "hf" or restored.runner.to_hf(restored.model) is None:
+        form = restored.runner.to_hf(restored.model)
+        if form is not None and args.format == "gguf":
+            raise LmplayError(
+                f"--format gguf writes models of GPT-2's shape only; --format hf writes this {form.model_type}"
+            )
+        if form is None:
             standard(restored, restored.model)  # what no architecture holds is told before the long work
     elif restored.folded:
         raise LmplayError(f"{restored.run.path} is clean already; --format hf or gguf writes it for others")
@@ -145,6 +151,13 @@ def look(runner: ModelRunner, model: torch.nn.Module, batches: list[Arrays], dev
             loss, counted = loss + float(out.loss_sum), counted + int(out.n_tokens)
             logits += [runner.logits(model, batch.ids[:, :t])[0].cpu() for t in lengths(batch.ids.shape[1])]
     return Seen(loss / max(1, counted), torch.cat(logits))
+
+
+def one_by_one(batches: list[Arrays], most: int) -> list[Arrays]:
+    """The first sequences, a batch each."""
+    from ..data.packing import Arrays
+
+    return [Arrays(b.ids[i : i + 1], b.targets[i : i + 1]) for b in batches for i in range(len(b.ids))][:most]
 
 
 def lengths(length: int) -> list[int]:
@@ -221,6 +234,8 @@ def write_foreign(
     path: Path, kind: str, restored: Restored, folded: torch.nn.Module, batches: list[Arrays], ours: Seen
 ) -> None:
     """Write the format, read it back with the library that others use, and compare."""
+    import torch
+
     from .. import export
 
     form = restored.runner.to_hf(folded)
@@ -235,6 +250,11 @@ def write_foreign(
         if form is None:
             export.write_gpt2(path, shape, restored.tokenizer)
         model, tokenizer = export.read_hf(path)
+        if form is not None:
+            # Without kernels the library may need minutes, and gigabytes, where we need seconds.
+            batches = one_by_one(batches, FOREIGN_SEQUENCES)
+            print(f"compared on {len(batches)} sequences of the validation set, one by one")
+            ours = look(restored.runner, folded, batches, torch.device("cpu"))
         check("hf", ours, look_foreign(model, batches), TOLERANCE)
     else:
         path.mkdir()
