@@ -57,6 +57,7 @@ def test_json_of_the_readme_is_a_plan() -> None:
     parse_plan(json.loads("\n".join(block)), "README.md")
 
 
+@pytest.mark.timeout(900)  # some thirty processes, each of which has a limit of its own
 def test_commands_run_as_printed_in_their_order(tmp_path: Path) -> None:
     """In a folder like a fresh clone: the tree's experiments, no runs. `my_idea` gets the README's own change."""
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
