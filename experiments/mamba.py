@@ -24,6 +24,8 @@ decays and states in float32 under autocast. FLOPs are counted as run: with the 
 again, without a kernel's, and without what is no product (per token and block some 10 N E in the scan).
 
 Expected: at equal data a little behind gpt2ish at the same number of blocks; in use no cache that grows.
+Result so far: mamba against gpt2ish -.460 and -.460 nats per token (below 0 is better; seeds 0 and 1, 2026-11-22,
+lmp_trainer --exp mamba --training-plan laptop), with about half of its parameters; docs/results.md has the controls.
 """
 
 from __future__ import annotations
