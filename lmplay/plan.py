@@ -46,8 +46,21 @@ class BpeTokenizer(Strict):
     train_characters: int = Field(50_000_000, gt=0, description="how much text it is trained on at most")
 
 
+class MarketTokenizer(Strict):
+    """Messages of a market: 24 tokens each, or 22 in LOBS5's form."""
+
+    kind: Literal["market"] = "market"
+    tickers: list[str] = Field(min_length=1, description="in the order of their tokens")
+    form: Literal["full", "lobs5"] = "full"
+
+    @property
+    def width(self) -> int:
+        """Tokens to a message."""
+        return 24 if self.form == "full" else 22
+
+
 TokenizerSpec = Annotated[
-    BytesTokenizer | CharsTokenizer | TiktokenTokenizer | BpeTokenizer, Field(discriminator="kind")
+    BytesTokenizer | CharsTokenizer | TiktokenTokenizer | BpeTokenizer | MarketTokenizer, Field(discriminator="kind")
 ]
 
 
@@ -114,7 +127,27 @@ class BinsSource(Strict):
     dtype: Literal["uint16", "uint32"] = "uint16"
 
 
-SourceSpec = Annotated[HubSource | FilesSource | BundledSource | BinsSource, Field(discriminator="source")]
+class MarketSource(Strict):
+    """Events of a market. Of each session the last part (validation.fraction) is held out."""
+
+    source: Literal["market"] = "market"
+    data: Literal["generator", "bitstamp", "lobster", "itch"]
+    path: str | None = Field(None, description="lobster: a message file or a folder of them; itch: a file")
+    tick: int = Field(100, gt=0, description="lobster, itch: the price grid in 1/10000; 100 is a cent")
+    seed: int = Field(0, ge=0, description="generator")
+    seconds: float = Field(3600, gt=0, description="generator: of market time")
+    errors: Literal["stop", "skip"] = Field("stop", description="what to do with a record that is wrong")
+
+    @model_validator(mode="after")
+    def _path_fits(self) -> MarketSource:
+        if (self.path is None) == (self.data in ("lobster", "itch")):
+            raise ValueError(f"data {self.data} {'needs a path' if self.path is None else 'has no path'}")
+        return self
+
+
+SourceSpec = Annotated[
+    HubSource | FilesSource | BundledSource | BinsSource | MarketSource, Field(discriminator="source")
+]
 
 
 class Optimizer(Strict):
@@ -213,6 +246,14 @@ class Plan(Strict):
                         f"step {step.step_name} uses the data set {name}, which the plan does not define"
                         f"{nearest(name, self.datasets)}"
                     )
+        markets = [isinstance(self.datasets[name], MarketSource) for name in self.used_datasets]
+        if any(markets) != isinstance(self.tokenizer, MarketTokenizer) or any(markets) != all(markets):
+            raise ValueError("market data sets and the market tokenizer go together, and with no others")
+        if isinstance(self.tokenizer, MarketTokenizer):
+            messages, rest = divmod((self.model.max_len or 0) - 1, self.tokenizer.width)
+            if rest or messages < 1:
+                width = self.tokenizer.width
+                raise ValueError(f"model.max_len must be 1 + a multiple of {width}: a sink and whole messages")
         names = [s.step_name for s in self.steps]
         if len(set(names)) != len(names):
             raise ValueError("two steps have the same step_name")
@@ -223,11 +264,8 @@ class Plan(Strict):
         """16 hex digits that change with everything but the description."""
         content = self.model_dump(mode="json", exclude={"description"})
         for spec in content["datasets"].values():
-            if spec["source"] in (
-                "files",
-                "bins",
-            ):  # where they lie is not what they are: data has its own print
-                spec["path"] = Path(spec["path"]).name
+            if spec["source"] in ("files", "bins", "market") and spec["path"]:
+                spec["path"] = Path(spec["path"]).name  # where they lie is not what they are: data has its own print
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -354,7 +392,7 @@ def load_plan(path: Path) -> Plan:
     plan = parse_plan(raw, str(path))
     located = {
         name: spec.model_copy(update={"path": str(path.parent / Path(spec.path).expanduser())})
-        if isinstance(spec, FilesSource | BinsSource)
+        if isinstance(spec, FilesSource | BinsSource | MarketSource) and spec.path
         else spec
         for name, spec in plan.datasets.items()
     }

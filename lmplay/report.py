@@ -70,8 +70,8 @@ class Report:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def preparing(self, what: str, done: int) -> None:
-        """Data is being made ready; `done` documents so far."""
-        self._show(f"{what}: {done} documents" if done else f"{what} ...", "", 0.0)
+        """Data is being made ready; `done` documents or messages so far."""
+        self._show(f"{what}: {done}" if done else f"{what} ...", "", 0.0)
 
     def step(self, row: Mapping[str, float], progress: float, left: float, memory_mb: float) -> None:
         """One optimizer step is done. `progress` in [0, 1]; `left` seconds of training remain."""
@@ -81,6 +81,10 @@ class Report:
             f"{row['tokens_per_second']:,.0f} tokens/s · {duration(left)} left · {memory_mb:,.0f} MB",
             progress,
         )
+
+    def show(self, line: str, progress: float) -> None:
+        """Progress of work that is no training."""
+        self._show(line, "", progress)
 
     def _show(self, first: str, second: str, progress: float) -> None:
         """Two short lines beside the bar on a terminal, which may be narrow; one plain line now and then elsewhere."""

@@ -1,5 +1,7 @@
 """Tokenizers: bytes, characters, tiktoken's encodings, and a byte-level BPE trained on the plan's own data.
 
+(The tokenizer of a market's messages is :class:`lmplay.market.messages.Messages`.)
+
 Every tokenizer knows the bytes each token stands for. That gives decoding, streaming, and the byte counts
 behind bits per byte, one way for all. The end-of-text token separates documents, stands for no bytes, and
 cannot be written in a text.
@@ -237,6 +239,10 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
             return Tiktoken(state["name"])
         case "bpe":
             return Bpe(json.dumps(state["tokenizer"]))
+        case "market":
+            from .market.messages import Messages  # a Tokenizer of this module
+
+            return Messages(state["tickers"], state["form"])
     raise LmplayError(f"unknown kind of tokenizer: {state['kind']}")
 
 

@@ -11,11 +11,12 @@ from conftest import ROOT
 
 from lmplay.discover import find, load
 from lmplay.errors import LmplayError
-from lmplay.plan import BundledSource, HubSource, json_schema, load_plan, parse_plan, plan_files
+from lmplay.plan import BundledSource, HubSource, MarketSource, json_schema, load_plan, parse_plan, plan_files
 
 SHIPPED = {
     "laptop", "smoke", "default", "wiki_en_es", "l_wiki_en_es", "tinystories", "pretrain", "bigpretrain", "full_v1",
     "full", "openorca", "instruction_ft", "openwebtext", "fineweb_edu_10b", "char", "bins",
+    "market_smoke", "market_zi", "market_btc", "market_lobster",
 }  # fmt: skip
 
 
@@ -36,6 +37,8 @@ def test_shipped_plan(name: str) -> None:
 
 
 def test_laptop_and_smoke_need_no_hub() -> None:
+    for name in ("market_smoke", "market_zi", "market_btc"):
+        assert all(isinstance(d, MarketSource) and not d.path for d in load_plan(plan_files()[name]).datasets.values())
     for name in ("laptop", "smoke", "char"):
         assert all(isinstance(d, BundledSource) for d in load_plan(plan_files()[name]).datasets.values())
 

@@ -20,7 +20,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import LmplayError
-from ..plan import BinsSource, BpeTokenizer, BytesTokenizer, CharsTokenizer, Plan, TiktokenTokenizer
+from ..plan import (
+    BinsSource,
+    BpeTokenizer,
+    BytesTokenizer,
+    CharsTokenizer,
+    MarketSource,
+    MarketTokenizer,
+    Plan,
+    TiktokenTokenizer,
+)
 from ..tokenizers import Bytes, Chars, Tiktoken, Tokenizer, from_state, train_bpe
 from .sources import Document, Source, open_source
 
@@ -73,7 +82,7 @@ def prepare(plan: Plan, progress: Progress) -> Prepared:
         LmplayError: a source is missing, a disk is full, a vocabulary does not fit.
     """
     specs = {name: plan.datasets[name] for name in plan.used_datasets}
-    sources = {name: open_source(name, s) for name, s in specs.items() if not isinstance(s, BinsSource)}
+    sources = {name: open_source(name, s) for name, s in specs.items() if not isinstance(s, BinsSource | MarketSource)}
     fraction = plan.validation.fraction
     try:
         tokenizer = _tokenizer(plan.tokenizer, list(sources.values()), fraction, progress)
@@ -81,6 +90,10 @@ def prepare(plan: Plan, progress: Progress) -> Prepared:
         for name, spec in specs.items():
             if isinstance(spec, BinsSource):
                 tokens[name] = open_bins(name, spec, tokenizer)
+            elif isinstance(spec, MarketSource):
+                from ..market.data import prepare_market  # it writes by this module
+
+                tokens[name] = prepare_market(name, spec, tokenizer, plan, progress)
             else:
                 tokens[name] = tokenize(sources[name], tokenizer, fraction, progress)
     except OSError as e:
@@ -98,7 +111,7 @@ def vocab_size(plan: Plan, progress: Progress) -> int:
 
 
 def _tokenizer(
-    spec: BytesTokenizer | CharsTokenizer | TiktokenTokenizer | BpeTokenizer,
+    spec: BytesTokenizer | CharsTokenizer | TiktokenTokenizer | BpeTokenizer | MarketTokenizer,
     sources: list[Source],
     fraction: float,
     progress: Progress,
@@ -107,6 +120,8 @@ def _tokenizer(
         return Bytes()
     if isinstance(spec, TiktokenTokenizer):
         return Tiktoken(spec.name)
+    if isinstance(spec, MarketTokenizer):
+        return from_state(spec.model_dump())
     if not sources:
         raise LmplayError(f"tokenizer {spec.kind} is made from documents, and this plan has none but token files")
     key = json.dumps([spec.model_dump(), fraction, [s.fingerprint for s in sources], VERSION])
@@ -142,7 +157,7 @@ def _training_texts(sources: list[Source], fraction: float, characters: int) -> 
                 yield text
 
 
-class _SplitWriter:
+class SplitWriter:
     """Writes one split's tokens and, once a token is not counted, its mask."""
 
     def __init__(self, folder: Path, split: str, dtype: type):
@@ -188,17 +203,8 @@ def _batches(documents: Iterable[Document], size: int = 1024) -> Iterator[list[D
 
 def tokenize(source: Source, tokenizer: Tokenizer, fraction: float, progress: Progress) -> Tokens:
     """The source's tokens from the cache, prepared first where they are not there."""
-    key = json.dumps([source.fingerprint, tokenizer.fingerprint, fraction, VERSION])
-    folder = cache_folder() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    found = _open(source.name, folder)
-    if found is not None:
-        return found
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        writers = {split: _SplitWriter(temporary, split, dtype) for split in ("train", "val")}
+
+    def fill(writers: dict[str, SplitWriter]) -> None:
         done = 0
         for documents in _batches(source.documents()):
             encoded = iter(tokenizer.encode_batch([text for d in documents for text, _ in d]))
@@ -209,9 +215,33 @@ def tokenize(source: Source, tokenizer: Tokenizer, fraction: float, progress: Pr
                 writer.write(np.append(np.concatenate(ids), tokenizer.eot), np.append(np.concatenate(counted), True))
             done += len(documents)
             progress(f"tokenizing {source.name}", done)
+
+    return prepared(source.name, [source.fingerprint, tokenizer.fingerprint, fraction], tokenizer, fill)
+
+
+def prepared(
+    name: str, key: list[Any], tokenizer: Tokenizer, fill: Callable[[dict[str, SplitWriter]], dict[str, Any] | None]
+) -> Tokens:
+    """The folder of the cache that `key` stands for; `fill` writes both splits where it is not there.
+
+    What `fill` returns is kept in the manifest.
+    """
+    text = json.dumps([*key, VERSION])
+    folder = cache_folder() / "tokens" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    found = _open(name, folder)
+    if found is not None:
+        return found
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        writers = {split: SplitWriter(temporary, split, dtype) for split in ("train", "val")}
+        extra = fill(writers)
         manifest = {
-            "version": VERSION, "source": source.fingerprint, "tokenizer": tokenizer.fingerprint,
+            "version": VERSION, "source": key[0], "tokenizer": tokenizer.fingerprint,
             "dtype": np.dtype(dtype).name, **{split: writer.close() for split, writer in writers.items()},
+            **(extra or {}),
         }  # fmt: skip
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
         if folder.exists():  # one that does not fit its manifest, or another process was faster
@@ -219,9 +249,9 @@ def tokenize(source: Source, tokenizer: Tokenizer, fraction: float, progress: Pr
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    made = _open(source.name, folder)
+    made = _open(name, folder)
     if made is None:
-        raise LmplayError(f"data set {source.name}: what was just written to {folder} cannot be read back")
+        raise LmplayError(f"data set {name}: what was just written to {folder} cannot be read back")
     return made
 
 

@@ -1,0 +1,173 @@
+"""What happens in a market, and how an event is told by the book it meets.
+
+An event names its order by an id. A message (:mod:`lmplay.market.messages`) has no ids: it names an order by side,
+price, size and time. :class:`Market` holds the book between the two, and is the one place where prices become
+distances to the mid: data are encoded and models are simulated by the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .book import Book, BookError, Order
+
+ADD, EXECUTE, EXECUTE_AT, CANCEL, REPLACE = range(5)
+KINDS = ("add", "execute", "execute_at", "cancel", "replace")
+NA = -(2**40)
+"""What a message's field holds that its kind does not have."""
+
+MAX_PRICE, MAX_SIZE, MAX_SECONDS = 999, 9999, 999
+DAY = 86_400 * 10**9
+
+
+class Event(NamedTuple):
+    """One change of the book.
+
+    price, size: of the new order (ADD, REPLACE), of the trade (EXECUTE_AT has another price than its order), or how
+    much is cancelled. A cancel of all that is left is a delete. order: the id; new: the id that a REPLACE gives.
+    """
+
+    time: int
+    kind: int
+    side: int  # of the resting order
+    price: int
+    size: int
+    order: int
+    new: int = 0
+
+
+class Message(NamedTuple):
+    """An event without ids: prices are ticks from the mid before the event, `ref` is the order it is about.
+
+    `remaining` is what is left of that order after an EXECUTE, EXECUTE_AT or CANCEL; NA where the kind has no such
+    field.
+    """
+
+    ticker: int
+    kind: int
+    side: int
+    price: int
+    size: int
+    remaining: int
+    dt: int
+    time: int
+    ref_price: int
+    ref_size: int
+    ref_time: int
+
+
+class Market:
+    """A live book with its clock.
+
+    Args:
+        ticker: the number of its ticker in the vocabulary.
+        orders: what rests at the beginning, in the order of arrival.
+        time: the clock at the beginning.
+    """
+
+    def __init__(self, ticker: int = 0, orders: list[Order] | None = None, time: int = 0):
+        self.ticker, self.time = ticker, time
+        self.book = Book()
+        self.next_id = 1
+        for o in orders or []:
+            if not self.book.crosses(o.side, o.price):
+                self.book.add(o.id, o.side, o.price, o.size, o.time)
+                self.next_id = max(self.next_id, o.id + 1)
+        self.book.set_horizon(MAX_PRICE)  # not before: half a book has another mid price
+
+    def copy(self) -> Market:
+        """A market in the same state that goes its own way."""
+        queues = [o for side in (0, 1) for p in self.book.prices[side] for o in self.book.queue(side, p)]
+        other = Market(self.ticker, [Order(o.id, o.side, o.price, o.size, o.time) for o in queues], self.time)
+        other.book.seen, other.next_id = self.book.seen, self.next_id
+        return other
+
+    @property
+    def mid(self) -> int:
+        """Raises BookError where the book never had two sides."""
+        mid = self.book.mid()
+        if mid is None:
+            raise BookError("the book has never had both sides: there is no mid price to count from")
+        return mid
+
+    def describe(self, event: Event) -> Message:
+        """The message of an event that is about to happen.
+
+        Raises:
+            BookError: it is about an order that is not there, or takes more than is left.
+        """
+        mid, dt = self.mid, event.time - self.time
+        if event.kind == ADD:
+            return Message(self.ticker, ADD, event.side, event.price - mid, event.size, NA, dt, event.time, NA, NA, NA)
+        order = self.book.orders.get(event.order)
+        if order is None:
+            raise BookError(f"order {event.order} is not in the book")
+        remaining = NA
+        if event.kind != REPLACE:
+            remaining = order.size - event.size
+            if remaining < 0:
+                raise BookError(f"order {event.order} has {order.size} left, {event.size} cannot be taken")
+        return Message(
+            self.ticker, event.kind, order.side, event.price - mid, event.size, remaining, dt, event.time,
+            order.price - mid, order.size, order.time,
+        )  # fmt: skip
+
+    def interpret(self, message: Message, order: Order | None = None) -> Event:
+        """The event that a message tells of; its order is found in the book, unless it is given.
+
+        Raises:
+            BookError: no resting order has that side, price, size and time, or less is left than is taken.
+        """
+        mid = self.mid
+        price = mid + message.price
+        if message.kind == ADD:
+            return Event(message.time, ADD, message.side, price, message.size, self.next_id)
+        if order is None:
+            ref = mid + message.ref_price
+            order = self.book.find(message.side, ref, message.ref_size, message.ref_time)
+            if order is None:
+                raise BookError("no resting order has that side, price, size and time")
+        if message.kind == REPLACE:
+            return Event(message.time, REPLACE, message.side, price, message.size, order.id, self.next_id)
+        if not 0 < message.size <= order.size:
+            raise BookError(f"order {order.id} has {order.size} left, {message.size} cannot be taken")
+        if message.kind != EXECUTE_AT:
+            price = order.price
+        return Event(message.time, message.kind, message.side, price, message.size, order.id)
+
+    def apply(self, event: Event) -> None:
+        """Let it happen; an order that crosses trades with the other side.
+
+        Raises:
+            BookError: as :class:`Book` does; nothing changed then.
+        """
+        if event.kind == ADD:
+            self.book.add(event.order, event.side, event.price, event.size, event.time)
+        elif event.kind == REPLACE:
+            self.book.replace(event.order, event.new, event.price, event.size, event.time)
+        else:
+            self.book.reduce(event.order, event.size)
+        self.time = event.time
+        self.next_id = max(self.next_id, event.order + 1, event.new + 1)
+
+    def steps(self, event: Event) -> Iterator[Event]:
+        """The event as adds, trades and cancels that do one thing each, as exchanges publish them.
+
+        Each has to be applied before the next is asked for; together they do what the event does.
+        """
+        if event.kind == REPLACE:
+            order = self.book.orders[event.order]
+            yield Event(event.time, CANCEL, order.side, order.price, order.size, order.id)
+            event = Event(event.time, ADD, event.side, event.price, event.size, event.new)
+        while event.kind == ADD and self.book.crosses(event.side, event.price):
+            best = self.book.best(1 - event.side)
+            front = self.book.front(1 - event.side, best) if best is not None else None
+            assert front is not None
+            taken = min(front.size, event.size)
+            left = event.size - taken
+            yield Event(event.time, EXECUTE, front.side, front.price, taken, front.id)
+            if not left:
+                return
+            event = event._replace(size=left)
+        yield event

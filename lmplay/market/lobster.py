@@ -1,0 +1,213 @@
+"""LOBSTER's files, read and written: a message file, and a book file with the state after each message.
+
+Message columns: time (seconds after midnight, decimal), type (1 add, 2 partial cancel, 3 delete, 4 trade, 5 trade with
+a hidden order, 6 cross, 7 halt), order id, size, price times 10000, direction (1 buy, -1 sell, of the resting order).
+Book columns, for each level: ask price, ask size, bid price, bid size; an empty slot is 9999999999 or -9999999999 with
+size 0. Source: https://lobsterdata.com/info/DataStructure.php.
+
+A book file shows the best levels only, and the messages are about these only. What rests before the first message has
+no add: it is seeded from the first row, one order to a level, with a negative id; messages about orders that were never
+added are about these. A level that comes into view is seeded likewise.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from ..errors import LmplayError
+from .book import ASK, BID, Book, Order
+from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, Event, Market
+from .sessions import Findings, Session
+
+NAME = re.compile(r"(?P<ticker>[^_]+)_(?P<day>[^_]+)_(?P<rest>.*)message(?P<levels>_?\d*)\.csv")
+TYPES = {1: ADD, 2: CANCEL, 3: CANCEL, 4: EXECUTE}
+UNSEEN = {5: "trades with hidden orders", 6: "crosses", 7: "halts"}
+EMPTY = 9999999999
+PER_DOLLAR = 10_000
+
+
+class Row(NamedTuple):
+    """One line of a message file; time in nanoseconds, price in ticks."""
+
+    time: int
+    type: int
+    order: int
+    size: int
+    price: int
+    side: int
+
+
+def sessions(path: Path, tick: int) -> list[Session]:
+    """The sessions of a message file, or of all in a folder, by name.
+
+    Args:
+        tick: the price grid, in units of 1/10000: 100 is a cent.
+
+    Raises:
+        LmplayError: there is none, or a book file is missing.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.glob("*.csv") if NAME.fullmatch(p.name))
+    if not files:
+        raise LmplayError(f"{path}: there is no message file (TICKER_DAY_..._message_LEVELS.csv)")
+    return [_session(file, tick) for file in files]
+
+
+def _session(path: Path, tick: int) -> Session:
+    match = NAME.fullmatch(path.name)
+    if match is None:
+        raise LmplayError(f"{path}: a message file's name is TICKER_DAY_..._message_LEVELS.csv")
+    book_path = path.with_name(path.name.replace("message", "orderbook"))
+    if not book_path.is_file():
+        raise LmplayError(f"{path}: its book file is missing: {book_path.name}")
+    with open(path, newline="") as messages, open(book_path, newline="") as books:
+        first, state = next(csv.reader(messages), None), next(csv.reader(books), None)
+    if first is None or state is None:
+        raise LmplayError(f"{path}: the file is empty")
+    start, view = _row(first, tick, path, 1), _levels(state, tick, book_path, 1)
+    seeds = [
+        Order(-1 - i, side, price, size, start.time)
+        for i, (side, price, size) in enumerate((s, p, v) for s in (BID, ASK) for p, v in view[s].items())
+    ]
+
+    def events(market: Market, findings: Findings) -> Iterator[tuple[int, Event]]:
+        # The first message is part of the first row's state already.
+        yield from _events(path, book_path, tick, market, findings, view, next_seed=-1 - len(seeds))
+
+    return Session(path.name, match["ticker"], start.time, seeds, events)
+
+
+def _events(
+    path: Path,
+    book_path: Path,
+    tick: int,
+    market: Market,
+    findings: Findings,
+    view: list[dict[int, int]],
+    next_seed: int,
+) -> Iterator[tuple[int, Event]]:
+    book = market.book
+    with open(path, newline="") as messages, open(book_path, newline="") as books:
+        book_rows = csv.reader(books)
+        next(book_rows)
+        for line, fields in enumerate(csv.reader(messages), 1):
+            if line == 1:
+                continue
+            state = next(book_rows, None)
+            if state is None:
+                raise LmplayError(f"{book_path}: it ends after line {line - 1}, its message file goes on")
+            try:
+                row, after = _row(fields, tick, path, line), _levels(state, tick, book_path, line)
+            except LmplayError:
+                if findings.errors == "stop":
+                    raise
+                findings.counts["skipped: cannot be read"] += 1
+                continue
+            if row.type in UNSEEN:
+                findings.counts[UNSEEN[row.type]] += 1
+            elif row.type not in TYPES:
+                findings.wrong(line, "type", f"there is no type {row.type}")
+            else:
+                yield line, _event(row, book)
+            for side in (BID, ASK):
+                for price, volume in after[side].items():
+                    mine = book.volume[side].get(price, 0)
+                    if mine == volume or book.beyond(price):
+                        continue
+                    if price in view[side] or (row.type in (1, 2, 3, 4) and price == row.price and side == row.side):
+                        text = f"the book file has {volume} at {price * tick}, the messages make {mine}"
+                        findings.wrong(line, "book file disagrees", text)
+                    for order in list(book.queue(side, price)):
+                        book.reduce(order.id, order.size)
+                    if not book.crosses(side, price):
+                        book.add(next_seed, side, price, volume, row.time)
+                        next_seed -= 1
+                        findings.counts["levels that came into view"] += 1
+            view = after
+        if next(book_rows, None) is not None:
+            raise LmplayError(f"{path}: it ends after line {line}, its book file goes on")
+
+
+def _event(row: Row, book: Book) -> Event:
+    kind, order = TYPES[row.type], row.order
+    if kind != ADD and order not in book.orders:  # it was there before the file began, or came into view
+        seed = next((o for o in book.queue(row.side, row.price) if o.id < 0), None)
+        order = order if seed is None else seed.id
+    return Event(row.time, kind, row.side, row.price, row.size, order)
+
+
+def _row(fields: Sequence[str], tick: int, path: Path, line: int) -> Row:
+    if len(fields) < 6:  # some files have a seventh, empty one
+        raise LmplayError(f"{path}: line {line}: 6 columns are wanted, it has {len(fields)}: is the file truncated?")
+    try:
+        kind, order, size, price, direction = (int(f) for f in fields[1:6])
+        time = parse_time(fields[0])
+    except ValueError as e:
+        raise LmplayError(f"{path}: line {line}: {e}") from e
+    if kind in TYPES and price % tick:
+        raise LmplayError(f"{path}: line {line}: the price {price} is off the grid of {tick}")
+    return Row(time, kind, order, size, price // tick, BID if direction == 1 else ASK)
+
+
+def _levels(fields: Sequence[str], tick: int, path: Path, line: int) -> list[dict[int, int]]:
+    """Price (ticks) -> volume, of the bids and of the asks."""
+    if len(fields) % 4:
+        raise LmplayError(f"{path}: line {line}: it has {len(fields)} columns, no multiple of 4: is it truncated?")
+    try:
+        values = [int(f) for f in fields]
+    except ValueError as e:
+        raise LmplayError(f"{path}: line {line}: {e}") from e
+    sides: list[dict[int, int]] = [{}, {}]
+    for side, at in ((ASK, 0), (BID, 2)):
+        for price, size in zip(values[at::4], values[at + 1 :: 4], strict=True):
+            if size and abs(price) != EMPTY:
+                if price % tick:
+                    raise LmplayError(f"{path}: line {line}: the price {price} is off the grid of {tick}")
+                sides[side][price // tick] = size
+    return sides
+
+
+def parse_time(text: str) -> int:
+    """Nanoseconds of decimal seconds, without ever being a float."""
+    seconds, _, decimals = text.partition(".")
+    return int(seconds) * 10**9 + int((decimals + "0" * 9)[:9] or 0)
+
+
+class Writer:
+    """Writes a market's events and the states after them as LOBSTER's pair of files.
+
+    A replace becomes a delete and an add, as in LOBSTER's own files. Both files appear when they are closed, whole.
+    """
+
+    def __init__(self, folder: Path, ticker: str, day: str, levels: int = 10, tick: int = 100):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.levels, self.tick = levels, tick
+        self.paths = [folder / f"{ticker}_{day}_0_0_{kind}_{levels}.csv" for kind in ("message", "orderbook")]
+        self._temporary = [p.with_suffix(".tmp") for p in self.paths]
+        self._files: list[IO[str]] = [open(p, "w", newline="") for p in self._temporary]  # noqa: SIM115
+        self._messages, self._books = (csv.writer(f, lineterminator="\n") for f in self._files)
+
+    def write(self, step: Event, left: int, book: Book) -> None:
+        """One of :meth:`Market.steps`, after it was applied; `left` is what is left of its order."""
+        kind = {ADD: 1, EXECUTE: 4, EXECUTE_AT: 4, CANCEL: 2 if left else 3}[step.kind]
+        time = f"{step.time // 10**9}.{step.time % 10**9:09d}"
+        direction = 1 if step.side == BID else -1
+        self._messages.writerow([time, kind, step.order, step.size, step.price * self.tick, direction])
+        self._books.writerow(self._state(book))
+
+    def _state(self, book: Book) -> list[int]:
+        asks, bids = book.depth(ASK, self.levels), book.depth(BID, self.levels)
+        out = []
+        for i in range(self.levels):
+            ask, bid = (side[i] if i < len(side) else None for side in (asks, bids))
+            out += [ask[0] * self.tick, ask[1]] if ask else [EMPTY, 0]
+            out += [bid[0] * self.tick, bid[1]] if bid else [-EMPTY, 0]
+        return out
+
+    def close(self) -> None:
+        for file, temporary, path in zip(self._files, self._temporary, self.paths, strict=True):
+            file.close()
+            temporary.replace(path)

@@ -1,0 +1,134 @@
+"""Which tokens may come next: by the grammar of messages, and by the orders that rest in a live book."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .book import Order
+from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, MAX_SIZE, REPLACE, Market
+from .messages import NA_TOKEN, SECOND, Messages
+
+LONGEST_GAP = 10 * SECOND  # between two messages
+REFERENCE = ("ref_price", "ref_size", "ref_time")
+
+
+class Grammar:
+    """What the table of :mod:`messages` allows at each position, given the message's beginning."""
+
+    def __init__(self, messages: Messages):
+        self.m = messages
+        self.width = messages.width
+
+    def group(self, position: int) -> tuple[int, int]:
+        """The first id and how many ids the position's own tokens have."""
+        _, group, _ = self.m.layout[position]
+        return self.m.start[group], self.m.count[group]
+
+    def kind(self, tokens: np.ndarray) -> int:
+        """The kind (of :data:`KINDS`) that a message of these tokens has; -1 where its kind's token is none."""
+        value = int(tokens[self.m.first["kind"]]) - self.m.start["kind"]
+        return int(self.m._token_to_kind[value]) if 0 <= value < self.m.count["kind"] else -1
+
+    def forced(self, position: int, tokens: np.ndarray) -> int | None:
+        """The only token that the message's beginning leaves at a position: NA, where its kind has no such field."""
+        field = self.m.layout[position][0]
+        if field in REFERENCE and self.kind(tokens) == ADD:
+            return NA_TOKEN
+        if field == "remaining" and self.kind(tokens) in (ADD, REPLACE):
+            return NA_TOKEN
+        return None
+
+
+def time_tokens(messages: Messages, tokens: np.ndarray, before: int) -> np.ndarray | None:
+    """(5,) the tokens of a message's time: `before` and the time since; None where that is past any clock."""
+    at = messages.first["dt"]
+    digits = tokens[at : at + 4].astype(np.int64) - messages.start["time"]
+    if (digits < 0).any() or (digits >= 1000).any():
+        return None
+    now = before + int(digits[0]) * SECOND + int(digits[1]) * 10**6 + int(digits[2]) * 1000 + int(digits[3])
+    if now >= 10**6 * SECOND:
+        return None
+    return messages.start["time"] + _digits(np.array([now]))[0]
+
+
+def _digits(times: np.ndarray) -> np.ndarray:
+    """(n,) nanoseconds -> (n, 5) digits: two of seconds and three of nanoseconds, base 1000."""
+    seconds, nanos = times // SECOND, times % SECOND
+    return np.stack([seconds // 1000, seconds % 1000, nanos // 10**6, nanos // 1000 % 1000, nanos % 1000], 1)
+
+
+class BookMask:
+    """The tokens that still lead to an order that rests in the book, as one message goes on.
+
+    `allowed` gives them for the next position; `take` follows the one that was sampled. Trades are offered the front
+    of each queue only, and no more than it has left; the next message comes within ten seconds. So every message that
+    is sampled by it is valid.
+    """
+
+    def __init__(self, messages: Messages, market: Market):
+        self.m, self.market = messages, market
+        self.kind = self.side = -1
+        self.size = 0
+        self.left: np.ndarray | None = None  # (n, 8) numbers of sign, price, size, time of the orders still possible
+
+    def allowed(self, position: int) -> np.ndarray | None:
+        """The numbers within the position's group that are possible; None where all are."""
+        field, _, _ = self.m.layout[position]
+        inside = position - self.m.first[field]
+        if field == "kind":
+            some = bool(self.market.book.orders)
+            return None if some else np.array([self.m.kind_token(ADD) - self.m.start["kind"]])
+        if field == "side" and self.kind != ADD:
+            return np.array([s for s in (0, 1) if self.market.book.prices[s]])
+        if field == "dt" and inside == 0:
+            return np.arange(LONGEST_GAP // SECOND)
+        if (field == "size" and self.left is None) or (field == "size" and self.kind == REPLACE):
+            return np.arange(1, MAX_SIZE + 1)
+        if self.left is None:
+            return None
+        if field == "price" and self.kind in (EXECUTE, CANCEL):
+            return np.unique(self.left[:, inside])
+        if field == "size":
+            return np.arange(1, int(self.left[:, 2].max()) + 1)
+        if field == "remaining":
+            return np.unique(self.left[:, 2] - self.size)
+        if field in REFERENCE:
+            return np.unique(self.left[:, self._column(field, inside)])
+        return None
+
+    def take(self, position: int, number: int) -> None:
+        """The token that was sampled for a position, as its number within its group."""
+        field, _, _ = self.m.layout[position]
+        inside = position - self.m.first[field]
+        if field == "kind":
+            self.kind = int(self.m._token_to_kind[number])
+        elif field == "side":
+            self.side = number
+            if self.kind != ADD:
+                self.left = self._orders()
+        elif field == "size":
+            self.size = number
+            if self.left is not None and self.kind != REPLACE:
+                self.left = self.left[self.left[:, 2] >= number]
+        elif self.left is None:
+            return
+        elif field == "price" and self.kind in (EXECUTE, CANCEL):
+            self.left = self.left[self.left[:, inside] == number]
+        elif field == "remaining" and self.kind != REPLACE:
+            self.left = self.left[self.left[:, 2] - self.size == number]
+        elif field in REFERENCE:
+            self.left = self.left[self.left[:, self._column(field, inside)] == number]
+
+    @staticmethod
+    def _column(field: str, inside: int) -> int:
+        return {"ref_price": 0, "ref_size": 2, "ref_time": 3}[field] + inside
+
+    def _orders(self) -> np.ndarray:
+        book, mid = self.market.book, self.market.mid
+        orders: list[Order] = []
+        for price in book.prices[self.side]:
+            queue = book.queue(self.side, price)
+            orders += [next(queue)] if self.kind in (EXECUTE, EXECUTE_AT) else list(queue)
+        values = np.array([(o.price - mid, o.size, o.time) for o in orders], np.int64)
+        distance = values[:, :1]
+        return np.concatenate([distance >= 0, np.abs(distance), values[:, 1:2], _digits(values[:, 2])], 1)

@@ -1,0 +1,156 @@
+"""A simulation from a trained run: held-out data to begin with, the markets' way through time, the files it leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import LmplayError
+from . import zero_intelligence
+from .data import Told
+from .decode import Reader
+from .events import DAY, Market
+from .messages import Messages
+from .record import Tape, write_parquet
+from .sessions import Findings
+from .simulate import Settings, Simulator
+
+MINUTE = 60 * 10**9
+Show = Callable[[float, str], None]  # (progress in [0, 1], a line)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How many markets, and how far each is simulated: minutes of its own time, and a number of messages at most."""
+
+    markets: int = 8
+    minutes: float = 10.0
+    messages: int | None = None
+
+
+def beginnings(told: Told, markets: int) -> list[int]:
+    """Numbers of held-out messages, evenly apart, before which the markets begin.
+
+    Raises:
+        LmplayError: fewer messages are held out.
+    """
+    held = len(told.messages) - told.start
+    if held < markets or told.start < 1:
+        raise LmplayError(f"{told.session.name}: {held} messages are held out, too few to begin {markets} markets from")
+    return [told.start + i * held // markets for i in range(markets)]
+
+
+def context_of(told: Told, messages: Messages, begin: int, length: int) -> np.ndarray:
+    """(n, width) ids of the messages before a beginning, as many as `length` positions hold beside a sink and one more
+    message."""
+    most = max(1, (length - 1) // messages.width - 1)
+    return messages.encode_messages(told.messages[max(0, begin - most) : begin])
+
+
+def simulate(
+    told: Told, messages: Messages, reader: Reader, length: int, extent: Extent, settings: Settings, folder: Path,
+    show: Show,
+) -> dict[str, Any]:  # fmt: skip
+    """Simulate, write the files to `folder`, and return what there is to tell.
+
+    An interrupt (Ctrl-C) ends it early: what was simulated until then is written, and "interrupted" is True.
+    """
+    begins = beginnings(told, extent.markets)
+    markets = told.markets(begins)
+    simulator = Simulator(reader, messages, markets, [context_of(told, messages, b, length) for b in begins], settings)
+    ends = [min(m.time + int(extent.minutes * MINUTE), DAY) for m in markets]
+    starts = [m.time for m in markets]
+    tapes = [_tape(folder, m, told.session.ticker, i) for i, m in enumerate(markets)]
+    began, read_before, interrupted, shown = time.perf_counter(), reader.seconds, False, 0.0
+    tokens_before = reader.tokens
+    try:
+        active = [True] * len(markets)
+        while any(active):
+            for b, _, event in simulator.round(active):
+                if event.time < ends[b]:
+                    tapes[b].apply(event)
+                if event.time >= ends[b] or tapes[b].messages == extent.messages:
+                    active[b] = False
+            if time.perf_counter() - shown > 1 or not any(active):
+                shown = time.perf_counter()
+                progress = [
+                    max((m.time - s) / (e - s), t.messages / extent.messages if extent.messages else 0.0)
+                    for m, s, e, t in zip(markets, starts, ends, tapes, strict=True)
+                ]
+                show(min(progress), _line(simulator, markets, shown - began))
+    except KeyboardInterrupt:
+        interrupted = True
+    seconds = time.perf_counter() - began
+    for tape in tapes:
+        tape.close()
+    write_parquet(folder / "events.parquet", tapes)
+    market_seconds = sum((m.time - s) / 1e9 for m, s in zip(markets, starts, strict=True))
+    return {
+        "interrupted": interrupted, "markets": extent.markets, "settings": asdict(settings),
+        "cache": reader.cached, "messages": simulator.happened, "sampled": simulator.sampled,
+        "seconds": seconds, "messages_per_second": simulator.happened / seconds,
+        "tokens_per_second": (reader.tokens - tokens_before) / seconds,
+        "seconds_in_the_model": reader.seconds - read_before,
+        "share_outside_the_model": 1 - (reader.seconds - read_before) / seconds,
+        "market_seconds": market_seconds, "messages_per_market_second": simulator.happened / max(market_seconds, 1e-9),
+        "validity": simulator.tally.table(),
+    }  # fmt: skip
+
+
+def _line(simulator: Simulator, markets: list[Market], seconds: float) -> str:
+    of_all = simulator.tally.table().get("all", {})
+    mids = ", ".join(str(m.mid) for m in markets[:3]) + (", ..." if len(markets) > 3 else "")
+    return (
+        f"{simulator.happened} messages · {simulator.happened / seconds:.1f}/s · valid {of_all.get('strict', 0):.1%}, "
+        f"with repairs {of_all.get('after_repair', 0):.1%} · mid {mids}"
+    )
+
+
+def _tape(folder: Path, market: Market, ticker: str, number: int) -> Tape:
+    return Tape(folder, market, ticker, f"market{number:02}", number)
+
+
+def write_real(told: Told, folder: Path) -> None:
+    """The held-out part as it was."""
+    [market] = told.markets([told.start])
+    tape = _tape(folder, market, told.session.ticker, 0)
+    for event in told.events[told.start :]:
+        tape.apply(event)
+    tape.close()
+    write_parquet(folder / "events.parquet", [tape])
+
+
+def write_baseline(told: Told, extent: Extent, folder: Path, seed: int) -> None:
+    """Zero-intelligence markets from the same beginnings over the same time, at the rates of what is not held out."""
+    rates = zero_intelligence.fit(islice(told.replay(), told.start))
+    tapes = []
+    for i, market in enumerate(told.markets(beginnings(told, extent.markets))):
+        tape = _tape(folder, market, told.session.ticker, i)
+        end = min(market.time + int(extent.minutes * MINUTE), DAY)
+        random = np.random.default_rng([seed, i])
+        for event in zero_intelligence.events(market, rates, random, zero_intelligence.Realism.none()):
+            if event.time >= end or tape.messages == extent.messages:
+                break
+            if not market.book.beyond(event.price):
+                tape.apply(event)
+        tape.close()
+        tapes.append(tape)
+    write_parquet(folder / "events.parquet", tapes)
+
+
+def write_generated(seed: int, minutes: float, folder: Path) -> int:
+    """The embedded generator's market; returns how many messages it has."""
+    session = zero_intelligence.session(seed, 60 * minutes)
+    market = Market(0, session.orders, session.time)
+    tape = _tape(folder, market, session.ticker, 0)
+    for _, event in session.events(market, Findings(session.name)):
+        tape.apply(event)
+    tape.close()
+    write_parquet(folder / "events.parquet", [tape])
+    return tape.messages

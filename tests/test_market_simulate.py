@@ -1,0 +1,336 @@
+"""Simulating: what is sampled, judged, repaired, rejected, remembered and written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import Command
+from test_market_data import generated, market_plan
+
+from lmplay.api import ModelRunner
+from lmplay.errors import LmplayError
+from lmplay.market import masks, score, session_run
+from lmplay.market.book import ASK, BID, Order
+from lmplay.market.data import Told
+from lmplay.market.decode import Reader
+from lmplay.market.events import ADD, CANCEL, EXECUTE, NA, REPLACE, Market, Message
+from lmplay.market.messages import Messages
+from lmplay.market.session_run import Extent, beginnings, context_of
+from lmplay.market.sessions import Findings, replay
+from lmplay.market.simulate import Settings, Simulator, is_loose, judge, repaired
+from lmplay.testing import tiny
+
+M = Messages(["ZI"])
+LENGTH = 1 + 24 * 6
+
+
+class Hasty(ModelRunner):
+    """A model that was not trained, but for that time passes slowly and prices are near: else every message would
+    come too late and be about nothing."""
+
+    def __init__(self, inner: ModelRunner):
+        super().__init__(inner.config)
+        self.inner = inner
+        self.bias = torch.zeros(M.vocab_size, dtype=torch.float64)
+        self.bias[M.token("time", 0)] = 40.0
+        self.bias[M.token("price", 0) : M.token("price", 8)] = 20.0
+
+    def logits(self, model: torch.nn.Module, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+        logits, cache = self.inner.logits(model, ids, cache)
+        return 3 * logits + self.bias, cache
+
+    def new_stream(self, model: torch.nn.Module, batch_size: int, max_len: int) -> Any:
+        return self.inner.new_stream(model, batch_size, max_len)
+
+
+@pytest.fixture(scope="module")
+def told() -> Told:
+    return Told(generated(30), 0, 0.5)
+
+
+def simulator(
+    told: Told, settings: Settings, markets: int = 3, cached: bool = True, variant: str = "modern"
+) -> Simulator:
+    s = tiny(variant, vocab_size=M.vocab_size, max_len=LENGTH)
+    model = s.moved(torch.float64).eval()
+    reader = Reader(Hasty(s.runner), model, markets, LENGTH, M.width, cached)
+    begins = beginnings(told, markets)
+    return Simulator(reader, M, told.markets(begins), [context_of(told, M, b, LENGTH) for b in begins], settings)
+
+
+def fresh_reader(told: Told, markets: int) -> Reader:
+    used = simulator(told, Settings(), markets).reader
+    return Reader(used.runner, used.model, markets, LENGTH, M.width)
+
+
+def run(sim: Simulator, rounds: int) -> list[tuple[int, Message, Any]]:
+    out = []
+    for _ in range(rounds):
+        for b, message, event in sim.round([True] * len(sim.markets)):
+            sim.markets[b].apply(event)
+            out.append((b, message, event))
+    return out
+
+
+@pytest.mark.parametrize("variant", ["modern", "market_mamba"])
+def test_with_both_masks_every_message_fits_its_book(told: Told, variant: str) -> None:
+    sim = simulator(told, Settings(), variant=variant)
+    happened = run(sim, 40)
+    table = sim.tally.table()
+    assert table["all"]["strict"] == 1.0
+    assert len(happened) == 3 * 40
+    kinds = {m.kind for _, m, _ in happened}
+    assert kinds >= {ADD, CANCEL, EXECUTE, REPLACE}
+    for market in sim.markets:
+        bid, ask = market.book.best(BID), market.book.best(ASK)
+        assert bid is None or ask is None or bid < ask
+
+
+@pytest.mark.parametrize("variant", ["modern", "market_mamba"])
+@pytest.mark.parametrize("settings", [Settings(book=False), Settings()])
+def test_what_the_model_remembers_is_what_happened(told: Told, settings: Settings, variant: str) -> None:
+    """With rejections, repairs and roll-backs in it, a cached simulation samples what one samples that reads the true
+    history anew for each token, as long as nothing has left the window."""
+    few = 4 if variant == "modern" else 2  # before the first of the context leaves; a Mamba never forgets
+    fast, slow = (simulator(told, settings, cached=c, variant=variant) for c in (True, False))
+    for sim in (fast, slow):  # a context of two messages leaves room for four
+        sim._first = sim._first[:, -2 * M.width :]
+        sim.reader = Reader(sim.reader.runner, sim.reader.model, 3, LENGTH, M.width, sim is fast)
+        sim._unread = sim._prefill()
+    a, b = run(fast, few), run(slow, few)
+    assert [(i, m, e) for i, m, e in a] == [(i, m, e) for i, m, e in b]
+    assert fast.tally.verdicts == slow.tally.verdicts
+    if not settings.book:
+        assert sum(fast.tally.repaired.values()) > 0 or variant == "market_mamba"
+        assert sum(n for (_, v), n in fast.tally.verdicts.items() if v != "valid") > 0
+
+
+def test_a_repaired_message_is_remembered_as_it_happened(told: Told) -> None:
+    sim = simulator(told, Settings(book=False), markets=2)
+    for _ in range(30):
+        events = []
+        for b, _, event in sim.round([True, True]):
+            events.append((b, sim.markets[b].describe(event)))
+            sim.markets[b].apply(event)
+        for b, message in events:
+            tail = M.encode_messages(np.array([message]))[0][-sim._unread.shape[1] :]
+            assert (sim._unread[b] == tail).all()
+    assert sum(sim.tally.repaired.values()) > 0
+    assert sim.happened < sim.sampled
+
+
+def test_without_masks_what_is_no_message_is_counted_and_rejected(told: Told) -> None:
+    sim = simulator(told, Settings(grammar=False, book=False), markets=1)
+    with pytest.raises(LmplayError, match="100 messages in a row were rejected"):
+        run(sim, 200)
+    assert sim.tally.table()["unreadable"]["no_grammar"] == 1.0
+    assert sim.happened == 0
+
+
+def book_of_three() -> Market:
+    return Market(0, [Order(1, BID, 99, 5, 10), Order(2, BID, 99, 7, 20), Order(3, ASK, 101, 4, 30)], time=100)
+
+
+CANCEL_OF_2 = Message(0, CANCEL, BID, -1, 7, 0, 5, 105, -1, 7, 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "loose", "becomes"),
+    [
+        ({}, "valid", True, (CANCEL, 2, 7)),
+        ({"ticker": 1}, "ticker", True, None),
+        ({"dt": 10**10 + 1}, "gap", True, None),
+        ({"ref_price": -2}, "reference", False, None),
+        ({"ref_time": 21}, "reference", True, (CANCEL, 2, 7)),  # of its size
+        ({"ref_size": 6}, "reference", True, (CANCEL, 2, 7)),  # of its time
+        ({"ref_size": 6, "ref_time": 21}, "reference", True, (CANCEL, 1, 5)),  # the front, and no more than it has
+        ({"size": 8}, "size", True, (CANCEL, 2, 7)),
+        ({"size": 0}, "size", True, None),
+        ({"kind": EXECUTE}, "front", True, (EXECUTE, 1, 5)),
+        ({"kind": EXECUTE, "ref_size": 5, "ref_time": 10, "size": 3}, "valid", True, (EXECUTE, 1, 3)),
+        ({"kind": REPLACE, "remaining": NA, "price": -3, "size": 50}, "valid", True, (REPLACE, 2, 50)),
+        ({"kind": REPLACE, "remaining": NA, "price": -3, "size": 50, "ref_time": 1}, "reference", True,
+         (REPLACE, 2, 50)),
+        ({"kind": ADD, "price": 0, "remaining": NA, "ref_price": NA, "ref_size": NA, "ref_time": NA}, "valid", True,
+         (ADD, 4, 7)),
+    ],
+)  # fmt: skip
+def test_verdicts_and_repairs(change: dict[str, int], verdict: str, loose: bool, becomes: Any) -> None:
+    market, message = book_of_three(), CANCEL_OF_2._replace(**change)
+    assert judge(market, message, True)[0] == verdict
+    assert judge(market, message, False)[0] == "grammar"
+    assert is_loose(market, message) == loose
+    if verdict == "valid":
+        event = market.interpret(message)
+    elif verdict in ("ticker", "gap"):
+        return
+    else:
+        event = repaired(market, message)
+    assert (event and (event.kind, event.order, event.size)) == becomes
+    if event is not None:
+        market.apply(event)
+
+
+def test_a_book_mask_leaves_only_what_rests() -> None:
+    market = book_of_three()
+    mask = masks.BookMask(M, market)
+    mask.take(1, CANCEL)
+    assert mask.allowed(2).tolist() == [BID, ASK]  # type: ignore[union-attr]
+    mask.take(2, BID)
+    assert mask.allowed(3).tolist() == [0]  # type: ignore[union-attr]
+    mask.take(3, 0)
+    assert mask.allowed(4).tolist() == [1]  # type: ignore[union-attr]
+    mask.take(4, 1)
+    assert mask.allowed(5).max() == 7  # type: ignore[union-attr]
+    mask.take(5, 6)  # only the order of 7 has so much
+    assert mask.allowed(6).tolist() == [1]  # type: ignore[union-attr]
+    mask.take(6, 1)
+    assert [mask.allowed(p).tolist() for p in (16, 17, 18, 23)] == [[0], [1], [7], [20]]  # type: ignore[union-attr]
+    trades = masks.BookMask(M, market)
+    trades.take(1, EXECUTE)
+    trades.take(2, BID)
+    assert trades.allowed(18).tolist() == [5], "a trade is offered the front only"  # type: ignore[union-attr]
+
+
+def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path) -> None:
+    shown: list[str] = []
+    reader, folder = fresh_reader(told, 2), tmp_path / "generated"
+
+    def show(progress: float, line: str) -> None:
+        shown.append(line)
+
+    result = session_run.simulate(told, M, reader, LENGTH, Extent(2, 10.0, 25), Settings(), folder, show)
+    assert result["messages"] == 50
+    assert not result["interrupted"]
+    assert 0 <= result["share_outside_the_model"] <= 1
+    assert "mid" in shown[-1]
+    frame = pd.read_parquet(tmp_path / "generated" / "events.parquet")
+    tapes = score.read(tmp_path / "generated")
+    assert len(tapes) == 2
+    assert sum(len(t.messages) for t in tapes) == len(frame)
+    assert frame.groupby("market")["message"].nunique().tolist() == [25, 25]
+    mine = frame[frame["market"] == 0].reset_index(drop=True)
+    assert (mine["time"] == tapes[0].messages["time"]).all()
+    assert (mine["price"] == tapes[0].messages["price"]).all()
+    session_run.write_real(told, tmp_path / "real")
+    [real] = score.read(tmp_path / "real")
+    assert len(real.messages) >= len(told.messages) - told.start
+    session_run.write_baseline(told, Extent(2, 10.0, 25), tmp_path / "baseline", 0)
+    assert len(score.read(tmp_path / "baseline")) == 2
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_an_interrupt_leaves_whole_files_of_what_was_simulated(told: Told, tmp_path: Path) -> None:
+    def stop(progress: float, line: str) -> None:
+        raise KeyboardInterrupt
+
+    reader = fresh_reader(told, 2)
+    result = session_run.simulate(told, M, reader, LENGTH, Extent(2, 10.0, 25), Settings(), tmp_path, stop)
+    assert result["interrupted"]
+    assert sum(len(t.messages) for t in score.read(tmp_path)) >= result["messages"] == 2
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of both market models, trained for a moment."""
+    from conftest import call_command
+
+    folder = tmp_path_factory.mktemp("market")
+    plan = market_plan(folder)
+    for variant in ("modern", "vanilla"):
+        settings = [] if variant == "vanilla" else ["--seed", "1"]
+        result = call_command("lmp_trainer", "--exp", variant, "--training-plan", str(plan), *settings, cwd=folder)
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+def run_of(trained: Path, variant: str) -> str:
+    [path] = (trained / "gpt_out" / "zi").glob(f"{variant}-*")
+    return str(path)
+
+
+def test_simulate_score_and_perplexity_run_and_say_what_they_found(
+    trained: Path, command: Command, tmp_path: Path
+) -> None:
+    model = run_of(trained, "modern")
+    result = command("lmp_market", "simulate", "--model", model, "--markets", "2", "--messages", "30", "--save", "out")
+    assert result.returncode == 0, result.stderr
+    assert "messages/s" in result.stdout
+    report = json.loads((tmp_path / "out" / "generated" / "report.json").read_text())
+    assert report["validity"]["all"].get("no_reference", 0.0) == 0.0
+    scored = command("lmp_market", "score", "out/real", "out/generated")
+    assert scored.returncode == 0, scored.stderr
+    table = pd.read_csv(tmp_path / "out" / "score" / "distances.csv", index_col=0)
+    assert set(table.index) == {*score.STATISTICS, *score.CONDITIONALS, "mean"}
+    assert {"generated l1", "baseline l1", "generated w1_high"} <= set(table.columns)
+    assert (tmp_path / "out" / "score" / "index.html").exists()
+    for name in ("book", "paths", "distributions", "impact", "divergence"):
+        assert (tmp_path / "out" / "score" / f"{name}.png").stat().st_size > 10_000
+    told = command("lmp_market", "perplexity", "--model", model, "--times", "2", "--streams", "2", "--save", "out")
+    assert told.returncode == 0, told.stderr
+    fields = pd.read_csv(tmp_path / "out" / "perplexity_by_field.csv", index_col=0)
+    assert fields["tokens"].iloc[:-1].sum() == 24
+    whole = pd.read_csv(Path(model) / "validate.csv")["loss"].iloc[-1]
+    assert fields.loc["all", "nats per token"] == pytest.approx(whole, rel=0.05)  # the validation set has more samples
+
+
+def test_a_model_without_an_endless_cache_says_that_it_is_slow(trained: Path, command: Command) -> None:
+    few = ("--markets", "1", "--messages", "2", "--no-baseline", "--save", "out")
+    result = command("lmp_market", "simulate", "--model", run_of(trained, "vanilla"), *few)
+    assert result.returncode == 0, result.stderr
+    assert "vanilla has no cache for endless texts" in result.stdout
+
+
+def test_generate_is_a_market_by_itself(command: Command, tmp_path: Path) -> None:
+    assert command("lmp_market", "generate", "--minutes", "0.2", "--save", "zi").returncode == 0
+    [tape] = score.read(tmp_path / "zi")
+    assert len(tape.messages) > 200
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("simulate", "--model", "nowhere"), "there is no such folder"),
+        (("simulate", "--no-grammar", "--model", "RUN"), "the book mask needs the grammar mask"),
+        (("simulate", "--temperature", "0", "--model", "RUN"), "must be above 0"),
+        (("simulate", "--ticker", "ZJ", "--model", "RUN"), "the model knows no such ticker (did you mean ZI?)"),
+        (("simulate", "--training-plan", "market_btc", "--model", "RUN"), "BTCUSD is none of the tokenizer's"),
+        (("simulate", "--training-plan", "smoke", "--model", "RUN"), "its data are no market's"),
+        (("simulate", "--markets", "100000", "--model", "RUN"), "too few to begin 100000 markets"),
+        (("perplexity", "--times", "1000", "--model", "RUN"), "lower --times"),
+        (("score", "nowhere", "nowhere"), "there is no LOBSTER message file"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(args: tuple[str, ...], says: str, trained: Path, command: Command) -> None:
+    result = command("lmp_market", *(run_of(trained, "modern") if a == "RUN" else a for a in args))
+    assert result.returncode == 1
+    [line] = [x for x in result.stderr.splitlines() if x.startswith("lmp_market:")]
+    assert says in line
+    assert "Traceback" not in result.stderr
+
+
+def test_a_model_of_text_is_refused(command: Command, tmp_path: Path) -> None:
+    from conftest import write_plan
+
+    assert command("lmp_trainer", "--exp", "gpt2ish", "--training-plan", str(write_plan(tmp_path))).returncode == 0
+    result = command("lmp_market", "simulate")
+    assert result.returncode == 1
+    assert "its vocabulary is bytes, not a market's messages" in result.stderr
+
+
+def test_replay_of_the_real_part_is_what_was_held_out(told: Told) -> None:
+    [market] = told.markets([told.start])
+    for n, (_, _, other) in enumerate(replay(told.session, Findings("x")), 1):
+        if n == told.start:
+            assert market.book.state() == other.book.state()
+            break
