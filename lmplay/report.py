@@ -37,9 +37,10 @@ def make_console() -> Console:
 class Report:
     """Progress of one run. Use as a context; `note` may be used outside of it as well."""
 
-    def __init__(self, console: Console | None = None, log: Path | None = None):
+    def __init__(self, console: Console | None = None, log: Path | None = None, brief: bool = False):
         self.console = console or Console()
         self.log_path = log
+        self.brief = brief  # notes go to the log alone: one of many runs
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._last_plain = 0.0
@@ -61,7 +62,8 @@ class Report:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if not self.brief:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         self.log(text)
 
     def log(self, text: str) -> None:

@@ -90,7 +90,7 @@ def test_statistics_of_a_book_that_can_be_read_by_eye(tmp_path: Path) -> None:
 
 
 def test_impact_of_a_price_that_follows_every_trade() -> None:
-    """Each buy lifts the mid by a tick for good: after l events of which half are buys and the rest nothing, R grows."""
+    """Each buy lifts the mid by a tick for good: half of the events are buys, and R grows by half a tick an event."""
     n = 800
     kind = np.where(np.arange(n) % 2 == 0, 4, 1)
     direction = np.where(kind == 4, -1, 1)  # a trade at the ask; a bid

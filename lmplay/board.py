@@ -1,0 +1,189 @@
+"""The work of a trial, shared by any number of processes and machines: an optuna storage with a run to each entry.
+
+An entry is waiting, claimed, done or given up. Who claims one shows every few seconds that it is alive; an entry whose
+owner was not heard of for a while is given up and put on the board again, and the next owner goes on from the run's
+checkpoint where it sees the same disk. An entry that was put on the board twice runs once: the first counts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import LmplayError
+from .trial import Design, Result, Unit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import optuna
+    from optuna.trial import FrozenTrial
+
+BEAT = 3.0  # seconds between two signs of life
+DEAD = 30.0  # seconds without one
+
+
+def open_storage(where: str) -> Any:
+    """optuna's storage for a journal file's path, a redis:// or a database's URL.
+
+    Raises:
+        LmplayError: optuna is not installed, or the storage cannot be opened.
+    """
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend, JournalRedisBackend
+    except ImportError as e:
+        raise LmplayError("trials are kept by optuna: pip install 'lmplay[trial]'") from e
+    optuna.logging.set_verbosity(logging.WARNING)
+    try:
+        if where.startswith("redis://"):
+            return JournalStorage(JournalRedisBackend(where))
+        if "://" in where:
+            return optuna.storages.RDBStorage(where)
+        Path(where).parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(where))
+    except Exception as e:  # each kind of storage has errors of its own
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise LmplayError(f"--storage {where}: it cannot be opened: {reason}") from e
+
+
+class Board:
+    """One trial's entries in a storage.
+
+    Raises:
+        LmplayError: the storage holds a trial of this name with another design.
+    """
+
+    def __init__(self, storage: Any, name: str, design: Design):
+        import optuna
+
+        self.study: optuna.Study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        content = json.loads(json.dumps(asdict(design)))
+        known = self.study.user_attrs.get("design")
+        if known is None:
+            self.study.set_user_attr("design", content)
+        elif known != content:
+            differs = next(k for k in content if known.get(k) != content[k])
+            raise LmplayError(
+                f"trial {name} began with another {differs} ({known.get(differs)}, now {content[differs]}): "
+                "what is judged is fixed before the first run; --name begins another trial"
+            )
+        self._heard: dict[int, tuple[float, float]] = {}  # entry -> (its last beat, when it was new to us)
+
+    def _entries(self) -> list[FrozenTrial]:
+        """Those with a unit, given-up ones left out, and of a unit the first only."""
+        from optuna.trial import TrialState
+
+        found: dict[str, FrozenTrial] = {}
+        for t in self.study.get_trials(deepcopy=False):
+            if "unit" in t.user_attrs and t.state != TrialState.FAIL:
+                found.setdefault(t.user_attrs["unit"], t)
+        return list(found.values())
+
+    def results(self) -> dict[str, Result]:
+        """Of the runs that are done, by the key of their unit."""
+        return {
+            t.user_attrs["unit"]: Result(**{k: _number(v) for k, v in t.user_attrs["result"].items()})
+            for t in self._entries()
+            if "result" in t.user_attrs and t.state.is_finished()
+        }
+
+    def offer(self, units: Iterable[Unit]) -> None:
+        """Put units on the board that are not there yet."""
+        there = {t.user_attrs["unit"] for t in self._entries()}
+        for unit in units:
+            if unit.key not in there:
+                self.study.enqueue_trial({}, user_attrs={"unit": unit.key, "fields": asdict(unit)})
+
+    def claim(self, owner: str) -> tuple[int, Unit] | None:
+        """A waiting unit that is now this owner's, or None where none waits."""
+        from optuna.trial import TrialState
+
+        while self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            mine = self.study.ask()
+            if "unit" not in mine.user_attrs:  # another took the last one, and optuna made a new one up
+                self.study.tell(mine.number, state=TrialState.FAIL)
+                return None
+            mine.set_user_attr("owner", owner)
+            self._beat(mine._trial_id)
+            first = next(t for t in self._entries() if t.user_attrs["unit"] == mine.user_attrs["unit"])
+            if first.number == mine.number:
+                return mine.number, Unit(**mine.user_attrs["fields"])
+            self.study.tell(mine.number, state=TrialState.FAIL)  # it was put on the board twice
+        return None
+
+    @contextmanager
+    def alive(self, number: int) -> Iterator[None]:
+        """Show every few seconds that the owner of a claimed unit lives."""
+        stop = threading.Event()
+        entry = self.study.get_trials(deepcopy=False)[number]._trial_id
+
+        def beat() -> None:
+            while not stop.wait(BEAT):
+                self._beat(entry)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _beat(self, entry: int) -> None:
+        self.study._storage.set_trial_user_attr(entry, "beat", time.time())
+
+    def done(self, number: int, result: Result) -> None:
+        entry = self.study.get_trials(deepcopy=False)[number]
+        content = {k: v if v != float("inf") else None for k, v in asdict(result).items()}
+        self.study._storage.set_trial_user_attr(entry._trial_id, "result", content)
+        self.study.tell(number, result.loss if result.loss < 1e9 else 1e9)
+
+    def give_up(self, number: int) -> bool:
+        """Put a claimed unit back; False where it is not claimed any more."""
+        from optuna.trial import TrialState
+
+        entry = self.study.get_trials(deepcopy=False)[number]
+        if entry.state != TrialState.RUNNING:
+            return False
+        try:
+            self.study.tell(number, state=TrialState.FAIL)
+        except ValueError:  # another was faster
+            return False
+        return True
+
+    def take_over_dead(self) -> list[str]:
+        """Give up units whose owners were not heard of; returns their keys. They are offered again by whoever asks."""
+        from optuna.trial import TrialState
+
+        found = []
+        for t in self._entries():
+            if t.state != TrialState.RUNNING:
+                continue
+            beat = float(t.user_attrs.get("beat", 0.0))
+            known, since = self._heard.get(t.number, (None, 0.0))
+            if known != beat:  # clocks of machines differ: what counts is whether it changes
+                self._heard[t.number] = (beat, time.monotonic())
+            elif time.monotonic() - since > DEAD and self.give_up(t.number):
+                found.append(t.user_attrs["unit"])
+        return found
+
+    def status(self) -> list[tuple[str, str, str]]:
+        """(unit, state, owner) of everything on the board."""
+        words = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "done"}
+        return [
+            (t.user_attrs["unit"], words.get(t.state.name, t.state.name.lower()), t.user_attrs.get("owner", ""))
+            for t in self._entries()
+        ]
+
+
+def _number(value: Any) -> Any:
+    return float("inf") if value is None else value

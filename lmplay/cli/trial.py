@@ -1,0 +1,331 @@
+"""lmp_trial: is an idea better than its baseline? Runs all that the answer needs, and stops once it is known."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LmplayError, NotFiniteError
+from . import ending
+from .trainer import positive_int
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..board import Board
+    from ..job import Job
+    from ..trial import Design, Result, Unit
+
+WAIT = 1.0  # seconds between two looks at a board on which nothing waits
+
+EPILOG = """The verdict: REAL (lower loss by the exact sign-flip test at the level, and under every control), WITHIN
+NOISE (any effect is smaller than --smallest-effect), HARMFUL, or UNDECIDED with what it would take. The same command
+goes on where it stopped; started again elsewhere with the same --storage it shares the work."""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="lmp_trial", description=__doc__.split(": ", 1)[1], epilog=EPILOG)
+    p.add_argument("--exp", action="append", required=True, metavar="NAME", help="an idea; repeat it for several")
+    p.add_argument("--against", metavar="NAME", help="the baseline (the first idea's own)")
+    p.add_argument("--training-plan", default="laptop", metavar="NAME|FILE", help="the arena (laptop)")
+    p.add_argument("--tokens", type=positive_int, metavar="N", help="a budget in place of the plan's")
+    p.add_argument("--max-seeds", type=positive_int, default=20, metavar="N", help="pairs at most (20)")
+    p.add_argument("--smallest-effect", type=float, default=0.005, metavar="NATS", help="what is of interest (.005)")
+    p.add_argument("--level", type=float, default=0.01, help="how often a verdict may be wrong (.01)")
+    p.add_argument("--lr", choices=("tuned", "fixed"), default="tuned", help="tune each arm's rate first, or not")
+    p.add_argument("--controls", default="", metavar="LIST", help="of params,flops,seconds: matched baselines")
+    p.add_argument("--workers", type=positive_int, default=1, metavar="N", help="processes on this machine (1)")
+    p.add_argument("--storage", metavar="PATH|URL", help="a journal file on a shared disk, redis://, or a database")
+    p.add_argument("--name", help="the trial's name (from the plan and the ideas)")
+    p.add_argument("--status", action="store_true", help="say what runs where, and what is known so far")
+    p.add_argument(
+        "--mini-batch-size", type=positive_int, metavar="N", help="sequences in a forward pass (4)", default=4
+    )
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    p.add_argument("--amp", action="store_true", help="bf16 or fp16 where the hardware has it")
+    p.add_argument("--out", type=Path, default=Path("gpt_out"), help="where runs and trials lie (gpt_out)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(given)
+    return ending("lmp_trial", lambda: command(args, given))
+
+
+def command(args: argparse.Namespace, given: list[str]) -> int:
+    from ..devices import tune_memory
+
+    memory = tune_memory()  # before torch is imported
+    from ..board import Board, open_storage
+    from ..report import make_console
+
+    console = make_console()
+    jobs, design = _design(args, memory, console)
+    name = args.name or "-".join([design.plan, *design.arms, "against", design.against])
+    folder = args.out / "trials" / name
+    board = Board(open_storage(args.storage or str(folder / "journal.log")), name, design)
+    _write(folder / "design.json", board.study.user_attrs["design"])
+    if args.status:
+        return _status(board, design, console)
+    helpers = [_start(given, i) for i in range(1, args.workers)]
+    try:
+        status = _work(board, design, jobs, args, console)
+    finally:
+        for helper in helpers:
+            if status_of_interrupt():
+                helper.terminate()
+            helper.wait()
+    if status:
+        return status
+    _tell(board, design, folder, console)
+    return 0
+
+
+def status_of_interrupt() -> bool:
+    """Whether this process is on its way out by an exception."""
+    return sys.exc_info()[0] is not None
+
+
+def _start(given: list[str], number: int) -> subprocess.Popen[bytes]:
+    """Another worker on this machine: the same command, alone and quiet."""
+    words = [w for i, w in enumerate(given) if w != "--workers" and given[i - 1 : i] != ["--workers"]]
+    words = [w for w in words if not w.startswith("--workers=")]
+    return subprocess.Popen([sys.executable, "-m", "lmplay.cli.trial", *words], stdout=subprocess.DEVNULL)
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------- the design
+
+
+def _design(args: argparse.Namespace, memory: str, console: Console) -> tuple[dict[str, Job], Design]:
+    """A job to each arm and the baseline, and what is fixed before the first run.
+
+    Raises:
+        LmplayError: a name is unknown, an idea is its own baseline, a plan has several steps or a budget in time.
+    """
+    import torch
+
+    from ..devices import pick_device, pick_precision
+    from ..discover import find, load
+    from ..job import Job, Request
+    from ..plan import find_plan, load_plan
+    from ..report import Report
+    from ..trial import CONTROLS, Design
+
+    controls = tuple(c for c in args.controls.split(",") if c)
+    for control in controls:
+        if control not in CONTROLS:
+            raise LmplayError(f"--controls {control}: there is no such control (there is: {', '.join(CONTROLS)})")
+    if not 0 < args.level < 0.5 or args.smallest_effect <= 0:
+        raise LmplayError("--level must be in (0, 0.5), --smallest-effect above 0")
+    device = pick_device(args.device)
+    precision = pick_precision(device, args.amp)
+    path = find_plan(args.training_plan)
+    plan = load_plan(path).with_budget(args.tokens, None, None)
+    if len(plan.steps) > 1 or not (plan.steps[0].tokens or plan.steps[0].steps):
+        raise LmplayError(
+            f"{path}: a trial needs a plan of one step with a budget in tokens or steps; --tokens gives one"
+        )
+    experiments = [load(*find(name)) for name in args.exp]
+    against = load(*find(args.against or experiments[0].source.baseline))
+    names = [e.variant for e in experiments]
+    if against.variant in names or len(set(names)) < len(names):
+        raise LmplayError(f"--exp {', '.join(names)} against {against.variant}: each arm must be another one")
+    tokens = plan.steps[0].tokens or (plan.steps[0].steps or 0) * plan.batch.batch_size * (plan.model.max_len or 0)
+    # Twenty validations or more, so that the end point's mean of three is of the schedule's end.
+    every = min(plan.validation.every_tokens, max(1, tokens // 20))
+    plan = plan.model_copy(update={"validation": plan.validation.model_copy(update={"every_tokens": every})})
+    request = Request(
+        out=args.out, mini_batch_size=args.mini_batch_size, command=("lmp_trial", *sys.argv[1:]), memory=memory
+    )
+    report = Report(console, brief=True)
+    jobs = {e.variant: Job(e, {}, path.stem, plan, device, precision, report, request) for e in (against, *experiments)}
+    design = Design(
+        path.stem, plan.fingerprint, against.variant, tuple(names), args.level, args.max_seeds, args.smallest_effect,
+        args.lr == "tuned", controls, tokens, torch.get_num_threads(), precision.name,
+    )  # fmt: skip
+    return jobs, design
+
+
+# ---------------------------------------------------------------- working
+
+
+def _work(board: Board, design: Design, jobs: dict[str, Job], args: argparse.Namespace, console: Console) -> int:
+    """Claim and run units until the trial is over; the exit status of an interrupt, or 0."""
+    from ..trainer import Stopped
+    from ..trial import needed
+
+    owner = f"{socket.gethostname()} {os.getpid()}"
+    while units := needed(design, board.results()):
+        board.offer(units)
+        claimed = board.claim(owner)
+        if claimed is None:
+            for key in board.take_over_dead():
+                console.print(f"its owner was not heard of any more: {key}", highlight=False)
+            time.sleep(WAIT)
+            continue
+        number, unit = claimed
+        console.print(f"{len(board.results())} runs done; now {unit.key}", highlight=False)
+        try:
+            with board.alive(number):
+                result = run_unit(unit, design, jobs)
+        except Stopped as e:
+            board.give_up(number)
+            return e.status
+        except BaseException:
+            board.give_up(number)
+            raise
+        board.done(number, result)
+    return 0
+
+
+def run_unit(unit: Unit, design: Design, jobs: dict[str, Job]) -> Result:
+    """Train one run of a trial, or go on with it, and read its end point.
+
+    A run that diverges while learning rates are looked for ends at infinity.
+
+    Raises:
+        NotFiniteError: a run of a pair or a control diverged.
+    """
+    from ..compare import read_curve
+    from ..data.shards import prepare
+    from ..job import Run, matched, sized_config
+    from ..trial import Result
+
+    job = jobs[unit.of or unit.arm]
+    plan = scaled(job.plan, unit, design.tokens)
+    name = f"trial-{job.plan_name}-{design.plan_fingerprint[:6]}"  # trials of one arena share their runs
+    name += "" if unit.factor == 1 else f"-lr{unit.factor:g}"
+    tokens = None if unit.share == 1 else plan.steps[0].tokens
+    request = replace(job.request, seed=unit.seed, tokens=tokens)
+    job = replace(job, plan=plan, plan_name=name, request=request)
+    with job.report:
+        prepared = prepare(plan, job.report.preparing)
+    config, control = sized_config(job, prepared.tokenizer.vocab_size), None
+    if unit.match in ("params", "flops"):
+        job, config, control = matched(job, config, unit.match, prepared)
+    elif unit.match == "seconds":
+        job = replace(jobs[unit.arm], plan=plan, plan_name=name, request=request)
+        config = sized_config(job, prepared.tokenizer.vocab_size)
+    run = Run(job, config, prepared, control)
+    try:
+        run.train()
+    except NotFiniteError:
+        if unit.role != "lr":
+            raise
+        inf = float("inf")
+        return Result(inf, inf, [], [], 0.0, 0.0, str(run.folder.path))
+    curve = read_curve(run.folder.path / "validate.csv")
+    end = curve.tail(design.last)
+    last = curve.iloc[-1]
+    return Result(
+        float(end["loss"].mean()), float(end["bpb"].mean()), [float(t) for t in curve["tokens"]],
+        [float(x) for x in curve["loss"]], float(last["seconds"]), float(last["flops"]), str(run.folder.path),
+    )  # fmt: skip
+
+
+def scaled(plan: Any, unit: Unit, tokens: int) -> Any:
+    """The plan of a unit: learning rates times its factor, a share of the budget, and the pair's own data order."""
+
+    def with_factor(optimizer: Any) -> Any:
+        rates = {"lr": optimizer.lr * unit.factor, "other_lr": optimizer.other_lr * unit.factor}
+        return optimizer.model_copy(update=rates)
+
+    step = plan.steps[0]
+    changes: dict[str, Any] = {
+        "optimizer": with_factor(step.optimizer) if step.optimizer else None,
+        "lr": step.lr * unit.factor if step.lr else None,
+    }
+    if unit.share != 1:
+        changes |= {"tokens": round(tokens * unit.share), "steps": None, "epochs": None}
+        every = max(1, round(tokens * unit.share) // 20)
+        validation = plan.validation.model_copy(update={"every_tokens": every})
+        plan = plan.model_copy(update={"validation": validation})
+    return plan.model_copy(
+        update={
+            "optimizer": with_factor(plan.optimizer), "steps": [step.model_copy(update=changes)],
+            "seed": plan.seed + unit.seed,
+        }
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- telling
+
+
+def _status(board: Board, design: Design, console: Console) -> int:
+    """What runs where, what waits, and the verdicts so far."""
+    from ..trial import report
+
+    rows = board.status()
+    for unit, state, owner in rows:
+        if state != "done":
+            console.print(f"{state}: {unit}{f' ({owner})' if owner else ''}", highlight=False, markup=False)
+    done = sum(state == "done" for _, state, _ in rows)
+    console.print(f"{done} runs done, {len(rows) - done} on the board", highlight=False)
+    _show(report(design, board.results()), console)
+    return 0
+
+
+def _tell(board: Board, design: Design, folder: Path, console: Console) -> None:
+    """Write the trial's report and say the verdicts."""
+    from ..trial import report
+
+    told = report(design, board.results())
+    _write(folder / "trial.json", told)
+    _show(told, console)
+    console.print(f"kept in {folder / 'trial.json'}", highlight=False, soft_wrap=True)
+
+
+def _show(told: dict[str, Any], console: Console) -> None:
+    """Verdicts as sentences, then the figures that a grep finds."""
+    design = told["design"]
+    for arm, v in told["arms"].items():
+        tuned = "" if v["tuned"] else " (untuned: every arm at the plan's learning rate)"
+        more = f"; about {v['more']} more pairs would settle it" if v["more"] else ""
+        console.print(f"{arm} against {design['against']}: {v['word']}{tuned}: {v['why']}{more}", highlight=False)
+        console.print(
+            f"  gain {v['gain']:+.4f} nats per token ({v['low']:+.4f} to {v['high']:+.4f}), {v['gain_bpb']:+.4f} bits "
+            f"per byte; p {v['p']:.4g} where {v['level']:.4g} may be spent; {v['pairs']} pairs",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        if v["tokens_ratio"]:
+            console.print(
+                f"  {design['against']} needs {v['tokens_ratio']:.2f} times the tokens for the same loss "
+                f"({v['seconds_ratio']:.2f} times the seconds, {v['flops_ratio']:.2f} times the FLOPs)",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+        if v["deviation_paired"] is not None:
+            console.print(
+                f"  deviation of the difference: paired {v['deviation_paired']:.4f}, unpaired "
+                f"{v['deviation_unpaired']:.4f}",
+                highlight=False,
+            )
+        for control, values in v["controls"].items():
+            mean = sum(values) / len(values)
+            console.print(
+                f"  against the baseline of equal {control}: {-mean:+.4f} ({len(values)} seeds)", highlight=False
+            )
+    low, high = told["null"]["band"]
+    if low is not None:
+        console.print(f"null: baseline against itself with other seeds: {low:+.4f} to {high:+.4f}", highlight=False)
+    cost = told["cost"]
+    console.print(f"runs: {cost['runs']}\nhours: {cost['hours']:.3f}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

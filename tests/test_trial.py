@@ -1,0 +1,278 @@
+"""Trials: which runs come next, what is shared, what survives a kill, and what is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Command, write_plan
+
+from lmplay import board, trial
+from lmplay.errors import LmplayError
+from lmplay.trial import Design, Result, Unit, needed, report
+from lmplay.verdict import HARMFUL, REAL, UNDECIDED, WITHIN_NOISE
+
+
+def design(**changes: Any) -> Design:
+    fixed: dict[str, Any] = {
+        "plan": "p", "plan_fingerprint": "0" * 16, "against": "base", "arms": ("good", "bad", "same"), "level": 0.01,
+        "max_pairs": 16, "smallest_effect": 0.02, "tuned": False, "controls": (), "tokens": 1000, "threads": 1,
+        "precision": "fp32",
+    }  # fmt: skip
+    return Design(**{**fixed, **changes})
+
+
+EFFECT = {"base": 0.0, "good": -0.1, "bad": 0.1, "same": 0.0}
+
+
+def outcome(unit: Unit) -> Result:
+    """What a run would end with: noise that pairs share, a little of its own, and the arm's effect; learning rates
+    have their best at the factor that the arm's name says, 1 but for "good", whose is 8."""
+    own = np.random.default_rng(abs(hash(unit.key)) % 2**32).normal(0, 0.002)
+    shared = np.random.default_rng(unit.seed).normal(0, 0.05)
+    best = 8.0 if unit.arm == "good" else 1.0
+    off = 0.05 * np.log2(unit.factor / best) ** 2 if unit.role == "lr" else 0.0
+    control = -0.2 if unit.match == "flops" else 0.0
+    loss = 3 + shared + own + EFFECT[unit.arm] + off + control
+    return Result(
+        loss, loss / 2, [0, 500, 1000], [loss + 1, loss + 0.2, loss], 2.0 if unit.arm == "good" else 1.0, 10.0, "f"
+    )
+
+
+def play(d: Design, most: int = 1000) -> dict[str, Result]:
+    results: dict[str, Result] = {}
+    while units := needed(d, results):
+        assert not {u.key for u in units} & set(results), "asked for what is there"
+        unit = units[len(results) * 7 % len(units)]  # in any order
+        results[unit.key] = outcome(unit)
+        assert len(results) < most
+    return results
+
+
+def test_pairs_are_added_until_each_arm_is_settled() -> None:
+    d = design()
+    told = report(d, play(d))
+    assert {a: v["word"] for a, v in told["arms"].items()} == {"good": REAL, "bad": HARMFUL, "same": WITHIN_NOISE}
+    assert told["over"]
+    good = told["arms"]["good"]
+    assert good["gain"] == pytest.approx(0.1, abs=0.01)
+    assert good["deviation_paired"] < 0.01 < good["deviation_unpaired"]
+    assert good["correlation"] > 0.9
+    assert good["tokens_ratio"] > 1
+    assert good["seconds_ratio"] == pytest.approx(good["tokens_ratio"] / 2)
+    low, high = told["null"]["band"]
+    assert low < 0 < high
+
+
+def test_an_arm_that_is_settled_gets_no_more_pairs() -> None:
+    d = design(arms=("good", "same"), smallest_effect=1e-6)
+    results = play(d)
+    seeds = {a: sum(f"pair {a} " in k for k in results) for a in ("base", "good", "same")}
+    assert seeds["good"] == 9 or seeds["good"] == 12
+    assert seeds["base"] == seeds["same"] == 16
+    told = report(d, results)
+    assert told["arms"]["same"]["word"] == UNDECIDED
+    assert told["arms"]["same"]["more"] > 0
+    assert told["arms"]["good"]["pairs"] == seeds["good"]
+
+
+def test_learning_rates_are_found_first_and_the_range_grows() -> None:
+    d = design(arms=("good",), tuned=True)
+    first = needed(d, {})
+    assert {u.role for u in first} == {"lr"}
+    assert len([u for u in first if u.arm == "base"]) == len([u for u in first if u.arm == "good"]) == 5
+    assert {u.seed for u in first} == {trial.LR_SEED}
+    results = play(d)
+    told = report(d, results)
+    assert told["arms"]["good"]["lr_factor"] == 8.0, "beyond the range that was begun with"
+    assert trial.tuning("base", results) == 1.0
+    tried = {f for share, f, _ in told["sensitivity"]["good"] if share == trial.RUNGS[0] or share == 0.125}
+    assert {0.25, 1.0, 8.0, 16.0} <= tried
+    halves = [f for share, f, _ in told["sensitivity"]["good"] if share == 0.25]
+    assert len(halves) == trial.KEPT, "the others were stopped"
+    assert all(f"lr{8:g}" in k for k in results if "pair good" in k)
+
+
+def test_a_control_that_is_better_takes_the_verdict_away() -> None:
+    fine = design(arms=("good",), controls=("params", "seconds"))
+    results = play(fine)
+    told = report(fine, results)["arms"]["good"]
+    assert told["word"] == REAL
+    assert set(told["controls"]) == {"params", "seconds"}
+    assert any("x2 seconds good" in k for k in results), (
+        "the arm took twice the time: its control gets twice the tokens"
+    )
+    beaten = design(arms=("good",), controls=("flops",))
+    told = report(beaten, play(beaten))["arms"]["good"]
+    assert told["word"] == UNDECIDED
+    assert "equal flops" in told["why"]
+
+
+def test_a_run_that_diverges_is_named() -> None:
+    d = design(arms=("good",))
+    results = {u.key: outcome(u) for u in needed(d, {})}
+    bad = Unit("pair", "good", 3)
+    results[bad.key] = Result(float("inf"), float("inf"), [], [], 0, 0, "runs/x")
+    with pytest.raises(LmplayError, match="good diverged with seed 3: runs/x"):
+        needed(d, results)
+
+
+# ---------------------------------------------------------------- the board
+
+
+@pytest.fixture(params=["journal", "sqlite"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    where = str(tmp_path / "journal.log") if request.param == "journal" else f"sqlite:///{tmp_path}/trials.db"
+    return board.open_storage(where)
+
+
+def test_each_unit_is_claimed_once_and_comes_back_with_its_result(storage: Any) -> None:
+    d = design()
+    one, two = board.Board(storage, "t", d), board.Board(storage, "t", d)
+    units = [Unit("pair", "good", s) for s in range(3)]
+    one.offer(units)
+    two.offer(units)  # of what is there already nothing
+    claims = [b.claim(name) for b, name in ((one, "a"), (two, "b"), (one, "a"))]
+    assert sorted(u.seed for _, u in claims if u) == [0, 1, 2]  # type: ignore[misc]
+    assert two.claim("b") is None
+    number, unit = claims[0]  # type: ignore[misc]
+    one.done(number, outcome(unit))
+    assert two.results() == {unit.key: outcome(unit)}
+    assert {state for _, state, _ in two.status()} == {"done", "running"}
+
+
+def test_what_was_put_up_twice_at_once_runs_once(storage: Any) -> None:
+    b = board.Board(storage, "t", design())
+    unit = Unit("pair", "good", 0)
+    for _ in range(2):  # two workers that looked at the same moment
+        b.study.enqueue_trial({}, user_attrs={"unit": unit.key, "fields": unit.__dict__})
+    assert b.claim("a") is not None
+    assert b.claim("b") is None
+
+
+def test_the_work_of_a_dead_owner_is_given_to_another(storage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "BEAT", 0.05)
+    monkeypatch.setattr(board, "DEAD", 0.6)
+    alive, dead = (board.Board(storage, "t", design()) for _ in range(2))
+    units = [Unit("pair", "good", s) for s in range(2)]
+    alive.offer(units)
+    first, lost = alive.claim("alive"), dead.claim("dead")
+    assert first is not None
+    assert lost is not None
+    with alive.alive(first[0]):
+        until = time.monotonic() + 10
+        found: list[str] = []
+        while not found and time.monotonic() < until:
+            found = alive.take_over_dead()
+            time.sleep(0.1)
+    assert found == [lost[1].key], "who shows that it lives keeps its work"
+    alive.offer(units)
+    again = alive.claim("alive")
+    assert again is not None
+    assert again[1] == lost[1]
+    assert not dead.give_up(lost[0])
+
+
+def test_another_design_under_the_same_name_is_refused(storage: Any) -> None:
+    board.Board(storage, "t", design())
+    with pytest.raises(LmplayError, match="began with another smallest_effect"):
+        board.Board(storage, "t", design(smallest_effect=0.5))
+
+
+def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(LmplayError, match="it cannot be opened"):
+        board.open_storage("nosuch://x")
+
+
+# ---------------------------------------------------------------- the command
+
+
+TRIAL = ("--exp", "value_norm", "--training-plan", "tiny.json", "--max-seeds", "9", "--lr", "fixed")
+
+
+def tiny_plan(folder: Path) -> None:
+    steps = [{"step_name": "words", "datasets": ["words"], "steps": 6}]
+    write_plan(folder, steps=steps, model={"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "max_len": 32})
+
+
+def test_a_trial_says_its_verdict_and_the_same_command_says_it_again(command: Command, tmp_path: Path) -> None:
+    tiny_plan(tmp_path)
+    first = command("lmp_trial", *TRIAL)
+    assert first.returncode == 0, first.stderr
+    assert "value_norm against gpt2ish: " in first.stdout
+    assert "(untuned" in first.stdout
+    assert "runs: 18" in first.stdout
+    [path] = (tmp_path / "gpt_out" / "trials").glob("*/trial.json")
+    told = json.loads(path.read_text())
+    assert told["arms"]["value_norm"]["pairs"] == 9
+    assert json.loads((path.parent / "design.json").read_text()) == told["design"]
+    again = command("lmp_trial", *TRIAL)
+    assert again.returncode == 0
+    assert json.loads(path.read_text()) == told
+    assert "runs done; now" not in again.stdout
+    status = command("lmp_trial", *TRIAL, "--status")
+    assert "18 runs done, 0 on the board" in status.stdout
+    other = command("lmp_trial", *TRIAL, "--smallest-effect", "0.5")
+    assert other.returncode == 1
+    assert "fixed before the first run" in other.stderr
+
+
+def test_a_killed_worker_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three workers on one storage, one of them killed in the middle: each run once, the same verdict to the bit."""
+    tiny_plan(tmp_path)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quick = (
+        "import sys, lmplay.board as b; b.BEAT, b.DEAD = 0.2, 3.0; from lmplay.cli.trial import main; sys.exit(main())"
+    )
+
+    def start(out: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", quick, *TRIAL, "--out", out]
+        return subprocess.Popen(words, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    alone = start("one")
+    assert alone.wait(200) == 0
+    several = [start("three") for _ in range(3)]
+    victim = several[1]
+    runs = tmp_path / "three"
+    until = time.monotonic() + 100
+    while len(list(runs.glob("*/*/run.json"))) < 4 and time.monotonic() < until:
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    outputs = [p.communicate(timeout=200) for p in several]
+    assert [p.returncode for p in several if p is not victim] == [0, 0], outputs
+    one, three = (
+        json.loads(next((tmp_path / o / "trials").glob("*/trial.json")).read_text()) for o in ("one", "three")
+    )
+    for told in (one, three):
+        assert told["cost"]["runs"] == 18
+        told["arms"]["value_norm"].pop("seconds_ratio")
+    assert one["arms"] == three["arms"]
+    assert one["null"] == three["null"]
+    owners = [line for out, _ in outputs for line in out.splitlines() if "; now " in line]
+    units = [line.split("now ")[1] for line in owners]
+    assert len(units) - len(set(units)) <= 1, "only what the killed one had begun was begun again"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--exp", "gpt2ish"), "each arm must be another one"),
+        (("--exp", "ue", "--controls", "speed"), "there is no such control"),
+        (("--exp", "uee"), "there is no such experiment"),
+        (("--exp", "ue", "--training-plan", "default"), "a budget in tokens or steps"),
+        (("--exp", "ue", "--level", "0.7"), "--level must be in"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(args: tuple[str, ...], says: str, command: Command) -> None:
+    result = command("lmp_trial", *args)
+    assert result.returncode == 1
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
