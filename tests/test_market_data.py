@@ -200,14 +200,14 @@ def test_bitstamp_is_read_as_its_statistics_say() -> None:
 
 
 def test_the_generator_is_seeded_and_has_the_shape_it_was_made_for() -> None:
-    """The figures that the settings gave when they were chosen, with room for 400 seconds' luck."""
-    session = generated(400, seed=5)
+    """The figures that the settings gave when they were chosen, with room for four minutes' luck."""
+    session = generated(240, seed=5)
     events, gaps, spreads = [], [], []
     for event, message, market in replay(session, Findings("z")):
         events.append(event)
         gaps.append(message.dt / 1e9)
         spreads.append((market.book.best(ASK) or 0) - (market.book.best(BID) or 0))
-    again = [e for e, _, _ in replay(generated(400, seed=5), Findings("z"))]
+    again = [e for e, _, _ in replay(generated(240, seed=5), Findings("z"))]
     assert events == again
     assert [e for e, _, _ in replay(generated(20, seed=5), Findings("z"))] == events[
         : sum(e.time < session.time + 20 * 10**9 for e in events)
@@ -225,7 +225,7 @@ def test_the_generator_is_seeded_and_has_the_shape_it_was_made_for() -> None:
     )
     signs = signs[~signs.index.duplicated()]
     assert signs.autocorr(1) > 0.1
-    plain = zero_intelligence.session(5, 400, zero_intelligence.Realism.none())
+    plain = zero_intelligence.session(5, 240, zero_intelligence.Realism.none())
     flow = [e for e, _, _ in replay(plain, Findings("z"))]
     random_signs = pd.Series(
         [e.side * 2.0 - 1 for e in flow if e.kind == EXECUTE], [e.time for e in flow if e.kind == EXECUTE]
@@ -234,11 +234,11 @@ def test_the_generator_is_seeded_and_has_the_shape_it_was_made_for() -> None:
 
 
 def test_fitted_rates_are_those_that_made_the_session() -> None:
-    plain = zero_intelligence.session(1, 600, zero_intelligence.Realism.none())
+    plain = zero_intelligence.session(1, 300, zero_intelligence.Realism.none())
     rates = zero_intelligence.fit(replay(plain, Findings("z")))
     for side in (BID, ASK):
-        assert rates.limit[side][:5] == pytest.approx(zero_intelligence.CST_LIMIT[:5], rel=0.25)
-        assert rates.cancel[side][:4] == pytest.approx(zero_intelligence.CST_CANCEL[:4], rel=0.3)
+        assert rates.limit[side][:5] == pytest.approx(zero_intelligence.CST_LIMIT[:5], rel=0.3)
+        assert rates.cancel[side][:4] == pytest.approx(zero_intelligence.CST_CANCEL[:4], rel=0.4)
     with pytest.raises(ValueError, match="no events"):
         zero_intelligence.fit(iter([]))
 

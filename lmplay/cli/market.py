@@ -295,15 +295,15 @@ def perplexity(args: argparse.Namespace) -> int:
     folder = args.save or restored.run.path / "market"
     folder.mkdir(parents=True, exist_ok=True)
     length = restored.config.max_len
+    if runner.new_stream(model, 1, length) is None:
+        print(f"{restored.experiment.variant} has no cache for endless texts: nothing past the context")
+    else:
+        positions = by_position(runner, model, told, messages, length, args.times, args.streams)
+        _write_csv(folder / "perplexity_by_position.csv", positions)
+        _print_table(f"nats per token by position, up to {args.times} times the context", positions)
     fields = by_field(runner, model, told, messages, length)
     _write_csv(folder / "perplexity_by_field.csv", fields)
     _print_table("perplexity of held-out messages by field", fields)
-    if runner.new_stream(model, 1, length) is None:
-        print(f"{restored.experiment.variant} has no cache for endless texts: nothing past the context")
-        return 0
-    positions = by_position(runner, model, told, messages, length, args.times, args.streams)
-    _write_csv(folder / "perplexity_by_position.csv", positions)
-    _print_table(f"nats per token by position, up to {args.times} times the context", positions)
     print(f"files: {folder}")
     return 0
 
