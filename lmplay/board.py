@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,21 +59,26 @@ class Board:
     """One trial's entries in a storage.
 
     Raises:
-        LmplayError: the storage holds a trial of this name with another design.
+        LmplayError: the storage holds a trial of this name with another design; or, without `create`, none.
     """
 
-    def __init__(self, storage: Any, name: str, design: Design):
+    def __init__(self, storage: Any, name: str, design: Design, create: bool = True):
         import optuna
 
-        self.study: optuna.Study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        try:
+            self.study: optuna.Study = optuna.load_study(storage=storage, study_name=name)
+        except KeyError as e:
+            if not create:
+                raise LmplayError(f"there is no trial {name} in this storage") from e
+            self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         content = json.loads(json.dumps(asdict(design)))
         known = self.study.user_attrs.get("design")
         if known is None:
             self.study.set_user_attr("design", content)
         elif known != content:
-            differs = next(k for k in content if known.get(k) != content[k])
+            differs = next(k for k in {**known, **content} if known.get(k) != content.get(k))
             raise LmplayError(
-                f"trial {name} began with another {differs} ({known.get(differs)}, now {content[differs]}): "
+                f"trial {name} began with another {differs} ({known.get(differs)}, now {content.get(differs)}): "
                 "what is judged is fixed before the first run; --name begins another trial"
             )
         self._heard: dict[int, tuple[float, float]] = {}  # entry -> (its last beat, when it was new to us)
@@ -128,7 +133,10 @@ class Board:
 
         def beat() -> None:
             while not stop.wait(BEAT):
-                self._beat(entry)
+                # A storage that is busy for a moment must not make its owner look dead; one that was given up is told
+                # to `done`.
+                with suppress(*_refusals()):
+                    self._beat(entry)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -141,11 +149,16 @@ class Board:
     def _beat(self, entry: int) -> None:
         self.study._storage.set_trial_user_attr(entry, "beat", time.time())
 
-    def done(self, number: int, result: Result) -> None:
+    def done(self, number: int, result: Result) -> bool:
+        """Keep the result; False where the unit was given up meanwhile, and another has it or will have it."""
         entry = self.study.get_trials(deepcopy=False)[number]
         content = {k: v if v != float("inf") else None for k, v in asdict(result).items()}
-        self.study._storage.set_trial_user_attr(entry._trial_id, "result", content)
-        self.study.tell(number, result.loss if result.loss < 1e9 else 1e9)
+        try:
+            self.study._storage.set_trial_user_attr(entry._trial_id, "result", content)
+            self.study.tell(number, min(result.loss, 1e9))
+        except _refusals():
+            return False
+        return True
 
     def give_up(self, number: int) -> bool:
         """Put a claimed unit back; False where it is not claimed any more."""
@@ -156,7 +169,7 @@ class Board:
             return False
         try:
             self.study.tell(number, state=TrialState.FAIL)
-        except ValueError:  # another was faster
+        except _refusals():  # another was faster
             return False
         return True
 
@@ -183,6 +196,13 @@ class Board:
             (t.user_attrs["unit"], words.get(t.state.name, t.state.name.lower()), t.user_attrs.get("owner", ""))
             for t in self._entries()
         ]
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """How storages say that an entry is finished already, or that they cannot be reached now."""
+    import optuna
+
+    return (optuna.exceptions.OptunaError, ValueError, RuntimeError, OSError)
 
 
 def _number(value: Any) -> Any:

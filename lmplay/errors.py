@@ -12,6 +12,10 @@ class LmplayError(Exception):
     exit_status = 1
 
 
+class BusyError(LmplayError):
+    """Another process holds what was asked for; it may be free later."""
+
+
 class NotFiniteError(LmplayError):
     """A loss or gradient that is not finite; nothing was updated."""
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 from . import tokenizers
 from .checkpoint import Checkpoint, newest, write_json
 from .discover import Experiment, find, load
-from .errors import LmplayError
+from .errors import BusyError, LmplayError
 from .plan import Plan
 
 RUN_FILE = "run.json"
@@ -172,7 +172,7 @@ def _lock_or_refuse(file: IO[str], path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        raise LmplayError(f"{path}: another process is training this run") from e
+        raise BusyError(f"{path}: another process is training this run") from e
 
 
 def find_runs(root: Path) -> list[RunFolder]:

@@ -44,10 +44,16 @@ class Design:
     tuned: bool
     controls: tuple[str, ...]
     tokens: int
-    threads: int
     precision: str
+    device: str
+    data: str  # fingerprint of the prepared tokens
+    sources: dict[str, str]  # of each arm and the baseline: a digest of its file
     end_point: str = "val_loss"
     last: int = 3
+
+    @property
+    def looks(self) -> list[int]:
+        return looks(self.max_pairs, self.level, len(self.arms))
 
     @property
     def every(self) -> tuple[str, ...]:
@@ -106,7 +112,7 @@ def needed(design: Design, results: Results) -> list[Unit]:
                 factors[arm] = found
         if wanted:
             return wanted
-    for n in looks(design.max_pairs):
+    for n in design.looks:
         active = unsettled(design, results, factors, n)
         if not active:
             return []
@@ -156,7 +162,8 @@ def pair_unit(arm: str, seed: int, factors: Mapping[str, float]) -> Unit:
 def control_units(design: Design, arm: str, factors: Mapping[str, float], results: Results) -> list[Unit]:
     """The baseline at the arm's parameters, its FLOPs, or its wall-clock time, for the first seeds.
 
-    Equal time is given as a share of the budget: the median over pairs of the arm's seconds over the baseline's.
+    Equal time is given as a share of the budget: the median over the first look's pairs of the arm's seconds over the
+    baseline's. Later pairs do not change it: or what was run would be another control.
     """
     units = []
     for what in design.controls:
@@ -172,11 +179,11 @@ def control_units(design: Design, arm: str, factors: Mapping[str, float], result
 
 def _median_ratio(design: Design, arm: str, factors: Mapping[str, float], results: Results) -> float:
     ratios = []
-    for seed in range(design.max_pairs):
+    for seed in range(design.looks[0]):
         mine, base = (results.get(pair_unit(a, seed, factors).key) for a in (arm, design.against))
-        if mine and base:
+        if mine and base and base.seconds:
             ratios.append(mine.seconds / base.seconds)
-    return round(float(np.median(ratios)), 2)
+    return round(float(np.median(ratios)), 2) if ratios else 1.0
 
 
 # ---------------------------------------------------------------- what they say
@@ -227,7 +234,7 @@ def verdicts_at(
     """The verdicts after n pairs; what was settled at an earlier look stays as it was then."""
     frozen: dict[str, Verdict] = {}
     data: dict[str, list[float]] = {}
-    for look in looks(design.max_pairs):
+    for look in design.looks:
         if look > n:
             break
         for arm in design.arms:
@@ -235,17 +242,27 @@ def verdicts_at(
                 data[arm] = differences(design, results, factors, arm)[:look]
         controls = {a: control_differences(design, results, factors, a) for a in design.arms} if controlled else {}
         now = judge(data, design.smallest_effect, design.max_pairs, design.level, controls)
+        if controlled:
+            now = {a: _awaiting(v, design, results, factors, a) for a, v in now.items()}
         frozen |= {a: v for a, v in now.items() if a not in frozen and v.settled}
         latest = {a: frozen.get(a, v) for a, v in now.items()}
-    if n < looks(design.max_pairs)[0]:
+    if n < design.looks[0]:
         data = {a: differences(design, results, factors, a)[:n] for a in design.arms}
         latest = judge(data, design.smallest_effect, design.max_pairs, design.level)
     return latest
 
 
+def _awaiting(verdict: Verdict, design: Design, results: Results, factors: Mapping[str, float], arm: str) -> Verdict:
+    """The verdict, but for a REAL whose controls are not all there."""
+    missing = [u for u in control_units(design, arm, factors, results) if u.key not in results]
+    if verdict.word == REAL and missing:
+        return replace(verdict, word=UNDECIDED, why=f"{len(missing)} runs of its controls are not done")
+    return verdict
+
+
 def unsettled(design: Design, results: Results, factors: Mapping[str, float], n: int) -> list[str]:
     """The arms that still need the pairs of the look at n: those that no earlier look has settled."""
-    earlier = [look for look in looks(design.max_pairs) if look < n]
+    earlier = [look for look in design.looks if look < n]
     if not earlier:
         return list(design.arms)
     before = verdicts_at(design, results, factors, earlier[-1])
@@ -270,9 +287,12 @@ def report(design: Design, results: Results) -> dict[str, Any]:
     base = [results[pair_unit(design.against, s, factors).key] for s in range(most)] if most else []
     arms = {}
     for arm, verdict in found.items():
+        if not verdict.pairs:
+            continue
         both = pairs(design, results, factors, arm)[: verdict.pairs]
+        fields = {k: _number(v) for k, v in asdict(verdict).items()}
         arms[arm] = {
-            **asdict(verdict), "tuned": design.tuned, "lr_factor": factors.get(arm, 1.0),
+            **fields, "tuned": design.tuned, "lr_factor": factors.get(arm, 1.0),
             **_beside(design, both), "controls": control_differences(design, results, factors, arm),
         }  # fmt: skip
     null = [a.loss - b.loss for a, b in zip(base[::2], base[1::2], strict=False)]
@@ -326,8 +346,9 @@ def sensitivity(design: Design, results: Results) -> dict[str, list[tuple[float,
     return {arm: sorted(v, key=lambda x: x[:2]) for arm, v in out.items()}
 
 
-def _number(x: float) -> float | None:
-    return x if math.isfinite(x) else None
+def _number(x: Any) -> Any:
+    """JSON has no infinity: None."""
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _finite(ends: tuple[float, float]) -> tuple[float | None, float | None]:

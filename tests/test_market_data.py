@@ -127,7 +127,7 @@ def write_lobster(folder: Path, session: Session, levels: int = 60) -> list[Even
     tape = Tape(folder, market, session.ticker, "2020-01-02")
     tape.writer.close()
     for path in tape.writer.paths:
-        path.unlink()
+        path.unlink(missing_ok=True)
     tape.writer = lobster.Writer(folder, session.ticker, "2020-01-02", levels)
     events = []
     for _, event in session.events(market, Findings("x")):
@@ -262,6 +262,41 @@ def sample(folder: Path, messages: list[str], book: list[str]) -> Path:
     for kind, lines in (("message", messages), ("orderbook", book)):
         (folder / f"AAPL_2020-01-02_34200000_57600000_{kind}_2.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def test_levels_that_change_out_of_view_become_what_the_file_shows(tmp_path: Path) -> None:
+    """Two levels are shown. A better bid hides the worse one, which is cancelled unseen; a better one comes back."""
+    told = [
+        "34200.0,1,1,10,1000000,1", "34200.1,1,2,5,1000100,1", "34200.2,3,2,5,1000100,1", "34200.3,1,3,7,1000200,-1",
+    ]  # fmt: skip
+    states = [
+        "1000300,4,1000000,10,1000400,6,999900,5", "1000300,4,1000100,5,1000400,6,1000000,10",
+        "1000300,4,1000000,10,1000400,6,999800,8", "1000200,7,1000000,10,1000300,4,999800,8",
+    ]  # fmt: skip
+    [session] = lobster.sessions(sample(tmp_path, told, states), 100)
+    findings = Findings(session.name)
+    for _, _, market in replay(session, findings):  # noqa: B007
+        pass
+    assert dict(market.book.depth(BID, 9)) == {10000: 10, 9998: 8}, "what was at 9999 went while it could not be seen"
+    assert findings.counts["levels that changed out of view"] == 1
+    assert findings.counts["levels that came into view"] == 1
+
+
+def test_sizes_above_what_can_be_told_are_clipped_and_their_rest_is_no_error(tmp_path: Path) -> None:
+    told = [
+        "34200.0,1,1,10,1000000,1", "34200.1,1,2,25000,999900,1", "34200.2,4,2,3000,999900,1",
+        "34200.3,2,2,15000,999900,1", "34200.4,4,9,40000,1000300,-1",
+    ]  # fmt: skip
+    states = [
+        "1000300,70000,1000000,10,1000400,6,999800,5", "1000300,70000,1000000,10,1000400,6,999900,25000",
+        "1000300,70000,1000000,10,1000400,6,999900,22000", "1000300,70000,1000000,10,1000400,6,999900,7000",
+        "1000300,30000,1000000,10,1000400,6,999900,7000",
+    ]  # fmt: skip
+    [session] = lobster.sessions(sample(tmp_path, told, states), 100)
+    findings = Findings(session.name)
+    rows = np.array([m for _, m, _ in replay(session, findings)])
+    assert findings.counts["clipped: size"] >= 2
+    assert Messages(["AAPL"]).decode_messages(Messages(["AAPL"]).encode_messages(rows))[1].all()
 
 
 def read_sample(folder: Path, errors: Any = "stop") -> tuple[list[Event], Findings]:

@@ -177,25 +177,37 @@ def test_verdicts_and_repairs(change: dict[str, int], verdict: str, loose: bool,
         market.apply(event)
 
 
+def masked(market: Market, *taken: tuple[int, int]) -> masks.BookMask:
+    mask = masks.BookMask(M, market)
+    for position, number in taken:
+        mask.take(position, number)
+    return mask
+
+
+def allowed(mask: masks.BookMask, position: int) -> list[int] | None:
+    found = mask.allowed(position)
+    return None if found is None else found.tolist()
+
+
 def test_a_book_mask_leaves_only_what_rests() -> None:
     market = book_of_three()
-    mask = masks.BookMask(M, market)
-    mask.take(1, CANCEL)
-    assert mask.allowed(2).tolist() == [BID, ASK]  # type: ignore[union-attr]
-    mask.take(2, BID)
-    assert mask.allowed(3).tolist() == [0]  # type: ignore[union-attr]
-    mask.take(3, 0)
-    assert mask.allowed(4).tolist() == [1]  # type: ignore[union-attr]
-    mask.take(4, 1)
-    assert mask.allowed(5).max() == 7  # type: ignore[union-attr]
+    start = ((1, CANCEL), (2, BID), (3, 0), (4, 1))
+    assert allowed(masked(market, start[0]), 2) == [BID, ASK]
+    mask = masked(market, *start)
+    assert mask.allowed(3) is None, "what happens is the model's to say"
+    assert allowed(mask, 5) == [1, 2, 3, 4, 5, 6, 7]
     mask.take(5, 6)  # only the order of 7 has so much
-    assert mask.allowed(6).tolist() == [1]  # type: ignore[union-attr]
-    mask.take(6, 1)
-    assert [mask.allowed(p).tolist() for p in (16, 17, 18, 23)] == [[0], [1], [7], [20]]  # type: ignore[union-attr]
-    trades = masks.BookMask(M, market)
-    trades.take(1, EXECUTE)
-    trades.take(2, BID)
-    assert trades.allowed(18).tolist() == [5], "a trade is offered the front only"  # type: ignore[union-attr]
+    assert [allowed(mask, p) for p in (16, 17, 18, 23)] == [[0], [1], [7], [20]]
+    either = masked(market, *start, (5, 4))
+    assert allowed(either, 18) == [5, 7]
+    either.take(6, 1)  # what is to be left of it tells which
+    assert allowed(either, 18) == [5]
+    nowhere = masked(market, (1, CANCEL), (2, BID), (3, 1), (4, 500), (5, 4), (6, 999))
+    assert allowed(nowhere, 17) == [1], "nothing rests at that price: any order that has enough"
+    trades = masked(market, (1, EXECUTE), (2, BID))
+    assert allowed(trades, 18) == [5], "a trade is offered the front only"
+    empty = Market(0, [], time=1)
+    assert allowed(masked(empty), 1) == [ADD]
 
 
 def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path) -> None:
@@ -209,6 +221,7 @@ def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path)
     assert result["messages"] == 50
     assert not result["interrupted"]
     assert 0 <= result["share_outside_the_model"] <= 1
+    assert result["valid_by_message"][-1] == (24, 1.0), "by half contexts of three messages"
     assert "mid" in shown[-1]
     frame = pd.read_parquet(tmp_path / "generated" / "events.parquet")
     tapes = score.read(tmp_path / "generated")
@@ -224,6 +237,9 @@ def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path)
     session_run.write_baseline(told, Extent(2, 10.0, 25), tmp_path / "baseline", 0)
     assert len(score.read(tmp_path / "baseline")) == 2
     assert not list(tmp_path.rglob("*.tmp"))
+    again = session_run.simulate(told, M, fresh_reader(told, 1), LENGTH, Extent(1, 10.0, 5), Settings(), folder, show)
+    assert again["messages"] == 5
+    assert len(score.read(folder)) == 1, "the second market of before is gone"
 
 
 def test_an_interrupt_leaves_whole_files_of_what_was_simulated(told: Told, tmp_path: Path) -> None:

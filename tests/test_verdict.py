@@ -72,7 +72,11 @@ def test_looks_and_what_they_spend() -> None:
         spent = verdict.spending(len(verdict.looks(most)))
         assert sum(spent) == pytest.approx(0.01)
         assert min(spent) > 0
-    assert verdict.spending(4)[0] >= 2 / 2**9, "the first look can find something"
+    for arms in (1, 2, 5, 15):
+        for level in (0.05, 0.01, 0.001):
+            first = verdict.looks(40, level, arms)[0]
+            assert arms * 2 / 2**first <= verdict.spending(4, level)[0], "the first look can find something"
+            assert arms * 2 / 2 ** (first - 1) > verdict.spending(4, level)[0], "and no earlier one could"
 
 
 def word(d: np.ndarray, most: int = 20, smallest: float = 1e-9) -> str:
@@ -113,6 +117,14 @@ def test_a_gain_of_one_and_a_half_deviations_is_found() -> None:
     assert HARMFUL not in found
 
 
+@pytest.mark.usefixtures("_fast_intervals")
+def test_within_noise_is_rarely_said_of_an_effect_that_matters() -> None:
+    """The true effect is just the smallest of interest: in at most .01 of trials is it called noise."""
+    random = np.random.default_rng(11)
+    found = [word(d, 16, 1.0) for d in random.normal(1.0, 0.6, (400, 16))]
+    assert np.mean([w == WITHIN_NOISE for w in found]) <= 0.01 + 3 * np.sqrt(0.01 * 0.99 / 400)
+
+
 def test_words_and_their_reasons() -> None:
     random = np.random.default_rng(7)
     noise = random.normal(0, 0.001, 20)
@@ -137,6 +149,7 @@ def test_a_gain_that_a_control_takes_away_is_not_real() -> None:
     contrary = judge(d, 0.01, 20, controls={"x": {"params": [-0.02, -0.01], "flops": [0.03, 0.02]}})["x"]
     assert contrary.word == UNDECIDED
     assert "flops" in contrary.why
+    assert contrary.settled, "more pairs would not change it"
 
 
 def test_with_several_arms_each_has_to_stand_for_all() -> None:

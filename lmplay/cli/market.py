@@ -112,7 +112,8 @@ def _told(args: argparse.Namespace, restored: Restored, messages: Messages) -> T
         plan = parse_plan(restored.run.read()["plan"], str(restored.run.path))
     spec = plan.datasets[plan.used_datasets[0]]
     if not isinstance(spec, MarketSource):
-        raise LmplayError(f"--training-plan {args.training_plan}: its data are no market's")
+        where = f"--training-plan {args.training_plan}" if args.training_plan else str(restored.run.path)
+        raise LmplayError(f"{where}: its data are no market's")
     if args.ticker and args.ticker not in messages.tickers:
         raise LmplayError(
             f"--ticker {args.ticker}: the model knows no such ticker{nearest(args.ticker, messages.tickers)}"
@@ -192,6 +193,7 @@ def simulate(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             raise LmplayError("interrupted before the first message; nothing was written") from None
     session_run.write_real(told, folder / "real")
+    session_run.clear(folder / "baseline")  # or an earlier simulation's would be compared
     if not args.no_baseline and not result["interrupted"]:
         report.note("simulating the zero-intelligence markets ...")
         session_run.write_baseline(told, extent, folder / "baseline", args.seed)
@@ -218,7 +220,7 @@ def score(args: argparse.Namespace) -> int:
 
     folders = {"real": args.real, "generated": args.generated}
     beside = args.generated.parent / "baseline"
-    if args.baseline or beside.is_dir():
+    if args.baseline or any(beside.glob("*_message_*.csv")):
         folders["baseline"] = args.baseline or beside
     markets = {name: scores.read(folder, args.tick) for name, folder in folders.items()}
     folder = args.save or args.generated.parent / "score"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import socket
@@ -13,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LmplayError, NotFiniteError
+from ..errors import BusyError, LmplayError, NotFiniteError
+from ..verdict import fewest
 from . import ending
 from .trainer import positive_int
 
@@ -32,7 +34,9 @@ goes on where it stopped; started again elsewhere with the same --storage it sha
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="lmp_trial", description=__doc__.split(": ", 1)[1], epilog=EPILOG)
+    description = __doc__.split(": ", 1)[1]
+    # Without abbreviations, or --worker would reach the helpers.
+    p = argparse.ArgumentParser(prog="lmp_trial", description=description, epilog=EPILOG, allow_abbrev=False)
     p.add_argument("--exp", action="append", required=True, metavar="NAME", help="an idea; repeat it for several")
     p.add_argument("--against", metavar="NAME", help="the baseline (the first idea's own)")
     p.add_argument("--training-plan", default="laptop", metavar="NAME|FILE", help="the arena (laptop)")
@@ -65,41 +69,48 @@ def command(args: argparse.Namespace, given: list[str]) -> int:
     from ..devices import tune_memory
 
     memory = tune_memory()  # before torch is imported
+    import torch
+
     from ..board import Board, open_storage
     from ..report import make_console
 
     console = make_console()
+    threads = max(1, torch.get_num_threads() // args.workers)
+    torch.set_num_threads(threads)
     jobs, design = _design(args, memory, console)
     name = args.name or "-".join([design.plan, *design.arms, "against", design.against])
     folder = args.out / "trials" / name
-    board = Board(open_storage(args.storage or str(folder / "journal.log")), name, design)
-    _write(folder / "design.json", board.study.user_attrs["design"])
+    journal = folder / "journal.log"
+    if args.status and not args.storage and not journal.exists():
+        raise LmplayError(f"there is no trial {name} in {args.out}; --name says which")
+    board = Board(open_storage(args.storage or str(journal)), name, design, create=not args.status)
     if args.status:
         return _status(board, design, console)
-    helpers = [_start(given, i) for i in range(1, args.workers)]
+    _write(folder / "design.json", board.study.user_attrs["design"])
+    if design.max_pairs < fewest(design.level, len(design.arms)):
+        least = fewest(design.level, len(design.arms))
+        console.print(f"fewer than {least} pairs cannot show that anything is REAL: --max-seeds", highlight=False)
+    helpers = [_start(given, threads) for _ in range(1, args.workers)]
+    status = 1  # an exception leaves it so
     try:
-        status = _work(board, design, jobs, args, console)
+        status = _work(board, design, jobs, console)
     finally:
         for helper in helpers:
-            if status_of_interrupt():
+            if status:
                 helper.terminate()
-            helper.wait()
+            if helper.wait() and not status:
+                console.print(f"a worker ended with status {helper.returncode}", highlight=False)
     if status:
         return status
     _tell(board, design, folder, console)
     return 0
 
 
-def status_of_interrupt() -> bool:
-    """Whether this process is on its way out by an exception."""
-    return sys.exc_info()[0] is not None
-
-
-def _start(given: list[str], number: int) -> subprocess.Popen[bytes]:
+def _start(given: list[str], threads: int) -> subprocess.Popen[bytes]:
     """Another worker on this machine: the same command, alone and quiet."""
-    words = [w for i, w in enumerate(given) if w != "--workers" and given[i - 1 : i] != ["--workers"]]
-    words = [w for w in words if not w.startswith("--workers=")]
-    return subprocess.Popen([sys.executable, "-m", "lmplay.cli.trial", *words], stdout=subprocess.DEVNULL)
+    words = [sys.executable, "-m", "lmplay.cli.trial", *given, "--workers", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, env=env)
 
 
 def _write(path: Path, content: Any) -> None:
@@ -118,26 +129,30 @@ def _design(args: argparse.Namespace, memory: str, console: Console) -> tuple[di
     Raises:
         LmplayError: a name is unknown, an idea is its own baseline, a plan has several steps or a budget in time.
     """
-    import torch
-
+    from ..data.shards import prepare
     from ..devices import pick_device, pick_precision
     from ..discover import find, load
     from ..job import Job, Request
     from ..plan import find_plan, load_plan
     from ..report import Report
     from ..trial import CONTROLS, Design
+    from ..verdict import MOST_PAIRS
 
     controls = tuple(c for c in args.controls.split(",") if c)
     for control in controls:
         if control not in CONTROLS:
             raise LmplayError(f"--controls {control}: there is no such control (there is: {', '.join(CONTROLS)})")
+    if "seconds" in controls and args.workers > 1:
+        raise LmplayError("--controls seconds: workers take each other's time; it needs --workers 1")
+    if args.max_seeds > MOST_PAIRS:
+        raise LmplayError(f"--max-seeds {args.max_seeds}: {MOST_PAIRS} at most, or trying all signs takes gigabytes")
     if not 0 < args.level < 0.5 or args.smallest_effect <= 0:
         raise LmplayError("--level must be in (0, 0.5), --smallest-effect above 0")
     device = pick_device(args.device)
     precision = pick_precision(device, args.amp)
     path = find_plan(args.training_plan)
     plan = load_plan(path).with_budget(args.tokens, None, None)
-    if len(plan.steps) > 1 or not (plan.steps[0].tokens or plan.steps[0].steps):
+    if len(plan.steps) > 1 or plan.steps[0].minutes or not (plan.steps[0].tokens or plan.steps[0].steps):
         raise LmplayError(
             f"{path}: a trial needs a plan of one step with a budget in tokens or steps; --tokens gives one"
         )
@@ -146,6 +161,11 @@ def _design(args: argparse.Namespace, memory: str, console: Console) -> tuple[di
     names = [e.variant for e in experiments]
     if against.variant in names or len(set(names)) < len(names):
         raise LmplayError(f"--exp {', '.join(names)} against {against.variant}: each arm must be another one")
+    for e in experiments:
+        if {"params", "flops"} & set(controls) and e.source.baseline != against.variant:
+            raise LmplayError(
+                f"--controls: {e.variant} is matched with its own baseline, {e.source.baseline}, not {against.variant}"
+            )
     tokens = plan.steps[0].tokens or (plan.steps[0].steps or 0) * plan.batch.batch_size * (plan.model.max_len or 0)
     # Twenty validations or more, so that the end point's mean of three is of the schedule's end.
     every = min(plan.validation.every_tokens, max(1, tokens // 20))
@@ -155,9 +175,12 @@ def _design(args: argparse.Namespace, memory: str, console: Console) -> tuple[di
     )
     report = Report(console, brief=True)
     jobs = {e.variant: Job(e, {}, path.stem, plan, device, precision, report, request) for e in (against, *experiments)}
+    with report:
+        prepared = prepare(plan, report.preparing)
+    digests = {e.variant: hashlib.sha256(e.source.path.read_bytes()).hexdigest()[:16] for e in (against, *experiments)}
     design = Design(
         path.stem, plan.fingerprint, against.variant, tuple(names), args.level, args.max_seeds, args.smallest_effect,
-        args.lr == "tuned", controls, tokens, torch.get_num_threads(), precision.name,
+        args.lr == "tuned", controls, tokens, precision.name, device.type, prepared.fingerprint, digests,
     )  # fmt: skip
     return jobs, design
 
@@ -165,7 +188,7 @@ def _design(args: argparse.Namespace, memory: str, console: Console) -> tuple[di
 # ---------------------------------------------------------------- working
 
 
-def _work(board: Board, design: Design, jobs: dict[str, Job], args: argparse.Namespace, console: Console) -> int:
+def _work(board: Board, design: Design, jobs: dict[str, Job], console: Console) -> int:
     """Claim and run units until the trial is over; the exit status of an interrupt, or 0."""
     from ..trainer import Stopped
     from ..trial import needed
@@ -187,6 +210,10 @@ def _work(board: Board, design: Design, jobs: dict[str, Job], args: argparse.Nam
         except Stopped as e:
             board.give_up(number)
             return e.status
+        except BusyError:  # who had it before was given up, and is alive after all
+            board.give_up(number)
+            time.sleep(WAIT)
+            continue
         except BaseException:
             board.give_up(number)
             raise
@@ -197,10 +224,7 @@ def _work(board: Board, design: Design, jobs: dict[str, Job], args: argparse.Nam
 def run_unit(unit: Unit, design: Design, jobs: dict[str, Job]) -> Result:
     """Train one run of a trial, or go on with it, and read its end point.
 
-    A run that diverges while learning rates are looked for ends at infinity.
-
-    Raises:
-        NotFiniteError: a run of a pair or a control diverged.
+    A run that diverges ends at infinity: no learning rate to choose, and an error that names it in a pair.
     """
     from ..compare import read_curve
     from ..data.shards import prepare
@@ -226,16 +250,15 @@ def run_unit(unit: Unit, design: Design, jobs: dict[str, Job]) -> Result:
     try:
         run.train()
     except NotFiniteError:
-        if unit.role != "lr":
-            raise
         inf = float("inf")
         return Result(inf, inf, [], [], 0.0, 0.0, str(run.folder.path))
     curve = read_curve(run.folder.path / "validate.csv")
     end = curve.tail(design.last)
-    last = curve.iloc[-1]
+    last, inf = curve.iloc[-1], float("inf")
+    loss, bpb = (float(end[c].fillna(inf).mean()) for c in ("loss", "bpb"))
     return Result(
-        float(end["loss"].mean()), float(end["bpb"].mean()), [float(t) for t in curve["tokens"]],
-        [float(x) for x in curve["loss"]], float(last["seconds"]), float(last["flops"]), str(run.folder.path),
+        loss, bpb, [float(t) for t in curve["tokens"]], [float(x) for x in curve["loss"]],
+        float(last["seconds"]), float(last["flops"]), str(run.folder.path),
     )  # fmt: skip
 
 
@@ -298,9 +321,10 @@ def _show(told: dict[str, Any], console: Console) -> None:
         tuned = "" if v["tuned"] else " (untuned: every arm at the plan's learning rate)"
         more = f"; about {v['more']} more pairs would settle it" if v["more"] else ""
         console.print(f"{arm} against {design['against']}: {v['word']}{tuned}: {v['why']}{more}", highlight=False)
+        ends = f"{_end(v['low'])} to {_end(v['high'])}"
         console.print(
-            f"  gain {v['gain']:+.4f} nats per token ({v['low']:+.4f} to {v['high']:+.4f}), {v['gain_bpb']:+.4f} bits "
-            f"per byte; p {v['p']:.4g} where {v['level']:.4g} may be spent; {v['pairs']} pairs",
+            f"  gain {v['gain']:+.4f} nats per token ({ends}), {v['gain_bpb']:+.4f} bits per byte; "
+            f"p {v['p']:.4g} where {v['level']:.4g} may be spent; {v['pairs']} pairs",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         if v["tokens_ratio"]:
@@ -325,6 +349,10 @@ def _show(told: dict[str, Any], console: Console) -> None:
         console.print(f"null: baseline against itself with other seeds: {low:+.4f} to {high:+.4f}", highlight=False)
     cost = told["cost"]
     console.print(f"runs: {cost['runs']}\nhours: {cost['hours']:.3f}", highlight=False)
+
+
+def _end(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:+.4f}"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def sessions(path: Path, tickers: tuple[str, ...], tick: int) -> list[Session]:
         raise LmplayError(f"{path}: there is no such file")
     if importlib.util.find_spec("itch") is None:
         raise LmplayError("ITCH files need a reader: pip install 'lmplay[market]'")
-    return [Session(f"{path.name} {t}", t, 0, [], partial(_events, path, t, tick)) for t in tickers]
+    return [Session(f"{path.name} {t}", t, 0, [], partial(_events, path, t, tick), tick) for t in tickers]
 
 
 def _events(path: Path, ticker: str, tick: int, market: Market, findings: Findings) -> Iterator[tuple[int, Event]]:

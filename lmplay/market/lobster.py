@@ -7,7 +7,8 @@ size 0. Source: https://lobsterdata.com/info/DataStructure.php.
 
 A book file shows the best levels only, and the messages are about these only. What rests before the first message has
 no add: it is seeded from the first row, one order to a level, with a negative id; messages about orders that were never
-added are about these. A level that comes into view is seeded likewise.
+added are about these. A level that comes into view, or that changed out of view and comes back, becomes a cancel of
+what was there and an add, which no line of the message file says: they are counted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import IO, NamedTuple
 
 from ..errors import LmplayError
 from .book import ASK, BID, Book, Order
-from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, Event, Market
+from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, MAX_SIZE, Event, Market
 from .sessions import Findings, Session
 
 NAME = re.compile(r"(?P<ticker>[^_]+)_(?P<day>[^_]+)_(?P<rest>.*)message(?P<levels>_?\d*)\.csv")
@@ -69,15 +70,16 @@ def _session(path: Path, tick: int) -> Session:
         raise LmplayError(f"{path}: the file is empty")
     start, view = _row(first, tick, path, 1), _levels(state, tick, book_path, 1)
     seeds = [
-        Order(-1 - i, side, price, size, start.time)
+        Order(-1 - i, side, price, min(size, MAX_SIZE), start.time)
         for i, (side, price, size) in enumerate((s, p, v) for s in (BID, ASK) for p, v in view[s].items())
     ]
 
     def events(market: Market, findings: Findings) -> Iterator[tuple[int, Event]]:
         # The first message is part of the first row's state already.
-        yield from _events(path, book_path, tick, market, findings, view, next_seed=-1 - len(seeds))
+        clipped = {(side, p) for side in (BID, ASK) for p, v in view[side].items() if v > MAX_SIZE}
+        yield from _events(path, book_path, tick, market, findings, view, clipped, next_seed=-1 - len(seeds))
 
-    return Session(path.name, match["ticker"], start.time, seeds, events)
+    return Session(path.name, match["ticker"], start.time, seeds, events, tick)
 
 
 def _events(
@@ -87,6 +89,7 @@ def _events(
     market: Market,
     findings: Findings,
     view: list[dict[int, int]],
+    clipped: set[tuple[int, int]],
     next_seed: int,
 ) -> Iterator[tuple[int, Event]]:
     book = market.book
@@ -112,23 +115,57 @@ def _events(
                 findings.wrong(line, "type", f"there is no type {row.type}")
             else:
                 yield line, _event(row, book)
-            for side in (BID, ASK):
-                for price, volume in after[side].items():
-                    mine = book.volume[side].get(price, 0)
-                    if mine == volume or book.beyond(price):
-                        continue
-                    if price in view[side] or (row.type in (1, 2, 3, 4) and price == row.price and side == row.side):
-                        text = f"the book file has {volume} at {price * tick}, the messages make {mine}"
-                        findings.wrong(line, "book file disagrees", text)
-                    for order in list(book.queue(side, price)):
-                        book.reduce(order.id, order.size)
-                    if not book.crosses(side, price):
-                        book.add(next_seed, side, price, volume, row.time)
-                        next_seed -= 1
-                        findings.counts["levels that came into view"] += 1
+            touched = (row.side, row.price) if row.type in TYPES else None
+            if touched and row.type == 1 and row.size > MAX_SIZE:
+                clipped.add(touched)
+            for event in _differences(book, after, view, touched, clipped, tick, findings, line):
+                event = event._replace(time=row.time)
+                if event.kind == ADD:
+                    event = event._replace(order=next_seed)
+                    next_seed -= 1
+                yield line, event
             view = after
         if next(book_rows, None) is not None:
             raise LmplayError(f"{path}: it ends after line {line}, its book file goes on")
+
+
+def _differences(
+    book: Book, after: list[dict[int, int]], before: list[dict[int, int]], touched: tuple[int, int] | None,
+    clipped: set[tuple[int, int]], tick: int, findings: Findings, line: int,
+) -> Iterator[Event]:  # fmt: skip
+    """What it takes to make the book what its file shows: levels that came into view, or left it and changed there.
+
+    Where a level was in view before, the messages should have made it what it is: else the files disagree.
+    """
+    for side in (BID, ASK):
+        shown, whole = after[side], len(after[side]) < len(before[side])
+        worst = (min if side == BID else max)(shown, default=None)
+        for price in list(book.prices[side]):
+            inside = worst is None or whole or (price >= worst if side == BID else price <= worst)
+            mine, theirs = book.volume[side].get(price, 0), shown.get(price, 0)
+            if mine == theirs or not inside or book.beyond(price) or (side, price) in clipped:
+                continue
+            if price in before[side] or (side, price) == touched:
+                text = f"the book file has {theirs} at {price * tick}, the messages make {mine}"
+                findings.wrong(line, "book file disagrees", text)
+            findings.counts["levels that changed out of view"] += 1
+            for order in list(book.queue(side, price)):
+                yield Event(0, CANCEL, side, price, order.size, order.id)
+    for side in (BID, ASK):
+        for price, volume in after[side].items():
+            if price in book.volume[side] or book.beyond(price):
+                continue
+            expected = (side, price) in clipped or not (price in before[side] or (side, price) == touched)
+            if not expected:
+                text = f"the book file has {volume} at {price * tick}, the messages make 0"
+                findings.wrong(line, "book file disagrees", text)
+            if book.crosses(side, price):
+                findings.counts["levels that would trade at once"] += 1
+                continue
+            findings.counts["levels that came into view"] += 1
+            if volume > MAX_SIZE:
+                clipped.add((side, price))
+            yield Event(0, ADD, side, price, min(volume, MAX_SIZE), 0)
 
 
 def _event(row: Row, book: Book) -> Event:
@@ -210,4 +247,7 @@ class Writer:
     def close(self) -> None:
         for file, temporary, path in zip(self._files, self._temporary, self.paths, strict=True):
             file.close()
-            temporary.replace(path)
+            if temporary.stat().st_size:
+                temporary.replace(path)
+            else:  # nothing happened in this market: there is no file to read
+                temporary.unlink()

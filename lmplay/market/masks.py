@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .book import Order
-from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, MAX_SIZE, REPLACE, Market
+from .book import ASK, BID, Order
+from .events import ADD, EXECUTE, EXECUTE_AT, MAX_SIZE, REPLACE, Market
 from .messages import NA_TOKEN, SECOND, Messages
 
 LONGEST_GAP = 10 * SECOND  # between two messages
@@ -58,16 +58,18 @@ def _digits(times: np.ndarray) -> np.ndarray:
 
 
 class BookMask:
-    """The tokens that still lead to an order that rests in the book, as one message goes on.
+    """The tokens of a message's reference that still lead to an order that rests in the book.
 
-    `allowed` gives them for the next position; `take` follows the one that was sampled. Trades are offered the front
-    of each queue only, and no more than it has left; the next message comes within ten seconds. So every message that
-    is sampled by it is valid.
+    `allowed` gives them for the next position; `take` follows the one that was sampled. What happens and when is the
+    model's to say; which order it happens to is chosen among those that are there: that have as much as is taken, and
+    where there are such, at the price and with the rest that the message named before. Trades are offered the front of
+    each queue only. The next message comes within ten seconds. So every message that is sampled by it is valid.
     """
 
     def __init__(self, messages: Messages, market: Market):
         self.m, self.market = messages, market
         self.kind = self.side = -1
+        self.price: list[int] = []
         self.size = 0
         self.left: np.ndarray | None = None  # (n, 8) numbers of sign, price, size, time of the orders still possible
 
@@ -75,24 +77,16 @@ class BookMask:
         """The numbers within the position's group that are possible; None where all are."""
         field, _, _ = self.m.layout[position]
         inside = position - self.m.first[field]
-        if field == "kind":
-            some = bool(self.market.book.orders)
-            return None if some else np.array([self.m.kind_token(ADD) - self.m.start["kind"]])
-        if field == "side" and self.kind != ADD:
-            return np.array([s for s in (0, 1) if self.market.book.prices[s]])
         if field == "dt" and inside == 0:
             return np.arange(LONGEST_GAP // SECOND)
-        if (field == "size" and self.left is None) or (field == "size" and self.kind == REPLACE):
-            return np.arange(1, MAX_SIZE + 1)
-        if self.left is None:
-            return None
-        if field == "price" and self.kind in (EXECUTE, CANCEL):
-            return np.unique(self.left[:, inside])
+        if field == "kind" and not self.market.book.orders:
+            return np.array([self.m.kind_token(ADD) - self.m.start["kind"]])
+        if field == "side" and self.kind != ADD:
+            return np.array([s for s in (BID, ASK) if self.market.book.prices[s]])
         if field == "size":
-            return np.arange(1, int(self.left[:, 2].max()) + 1)
-        if field == "remaining":
-            return np.unique(self.left[:, 2] - self.size)
-        if field in REFERENCE:
+            taken = self.left is not None and self.kind != REPLACE
+            return np.arange(1, (int(self.left[:, 2].max()) if taken and self.left is not None else MAX_SIZE) + 1)
+        if field in REFERENCE and self.left is not None:
             return np.unique(self.left[:, self._column(field, inside)])
         return None
 
@@ -106,18 +100,24 @@ class BookMask:
             self.side = number
             if self.kind != ADD:
                 self.left = self._orders()
-        elif field == "size":
-            self.size = number
-            if self.left is not None and self.kind != REPLACE:
-                self.left = self.left[self.left[:, 2] >= number]
-        elif self.left is None:
+        elif field == "price":
+            self.price.append(number)
+        if self.left is None:
             return
-        elif field == "price" and self.kind in (EXECUTE, CANCEL):
-            self.left = self.left[self.left[:, inside] == number]
+        if field == "size" and self.kind != REPLACE:
+            self.size = number
+            self.left = self.left[self.left[:, 2] >= number]
+            if self.kind != EXECUTE_AT:
+                self._prefer((self.left[:, :2] == self.price).all(1))
         elif field == "remaining" and self.kind != REPLACE:
-            self.left = self.left[self.left[:, 2] - self.size == number]
+            self._prefer(self.left[:, 2] - self.size == number)
         elif field in REFERENCE:
             self.left = self.left[self.left[:, self._column(field, inside)] == number]
+
+    def _prefer(self, rows: np.ndarray) -> None:
+        """Keep only these of the orders still possible, where there are any."""
+        if self.left is not None and rows.any():
+            self.left = self.left[rows]
 
     @staticmethod
     def _column(field: str, inside: int) -> int:

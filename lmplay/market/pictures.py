@@ -59,7 +59,9 @@ def _heat(ax: Any, tape: Tape, span: float) -> Any:
     grid = np.linspace(0, span, columns)
     at = np.searchsorted(seconds, grid, side="right") - 1
     rows = tape.book[at]
-    first = tape.mid[np.isfinite(tape.mid)][0]
+    if not np.isfinite(tape.mid).any():
+        return None
+    first = np.floor(tape.mid[np.isfinite(tape.mid)][0])  # whole, so that levels fall on rows
     touch = rows[:, [0, 2]] - first
     if not np.isfinite(touch).any():
         return None
@@ -90,6 +92,8 @@ def paths(markets: Markets, path: Path) -> Path:
     for name, tapes in markets.items():
         for i, tape in enumerate(tapes):
             kept = np.isfinite(tape.mid)
+            if not kept.any():
+                continue
             moves = tape.mid[kept] - tape.mid[kept][0]
             label = f"{name} ({len(tapes)})" if i == 0 else None
             ax.step(_seconds(tape)[kept], moves, where="post", color=COLOURS[name], lw=1.2, alpha=0.75, label=label)

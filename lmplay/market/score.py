@@ -58,12 +58,13 @@ def _read(path: Path, tick: int) -> Tape:
     try:
         messages = pd.read_csv(path, header=None, names=names, usecols=range(6), dtype={"time": str})
         book = pd.read_csv(book_path, header=None).to_numpy(float)
+        parts = messages["time"].str.partition(".")
+        times = parts[0].astype(np.int64) * 10**9 + (parts[2] + "0" * 9).str[:9].astype(np.int64)
     except (ValueError, OSError) as e:
         raise LmplayError(f"{path}: it cannot be read: {e}") from e
     if len(messages) != len(book):
         raise LmplayError(f"{path}: {len(messages)} messages, but {len(book)} rows in {book_path.name}")
-    parts = messages["time"].str.partition(".")
-    messages["time"] = parts[0].astype(np.int64) * 10**9 + (parts[2] + "0" * 9).str[:9].astype(np.int64)
+    messages["time"] = times
     messages["price"] //= tick
     wide = np.full((len(book), 4 * LEVELS), np.nan)
     wide[:, : min(book.shape[1], 4 * LEVELS)] = book[:, : 4 * LEVELS]
@@ -263,24 +264,33 @@ def conditional_distances(
     random: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """As :func:`distances`, of (values, what they are given) by deciles (or values) of what is given, weighted by how
-    many events there are."""
+    many events there are. Where only one of the two ever was, L1 is 1; W1, which does not exist there, leaves it out,
+    and is nan where nothing is left."""
     given = np.concatenate([real[1], generated[1]])
+    if not len(real[1]) or not len(generated[1]):
+        return distances(real[0], generated[0], whole, random)
     borders = np.unique(given if whole_given else np.quantile(given, np.arange(0, 1, 0.1)))
     groups = [np.searchsorted(borders, g, side="right") for g in (real[1], generated[1])]
-    total, out = len(given), np.zeros((2, 1 + BOOTSTRAPS))
+    total, out, both = len(given), np.zeros((2, 1 + BOOTSTRAPS)), 0
     for group in np.unique(np.concatenate(groups)):
         parts = [v[0][g == group] for v, g in zip((real, generated), groups, strict=True)]
-        out += len(np.concatenate(parts)) / total * np.nan_to_num(distances(parts[0], parts[1], whole, random))
-    return out[0], out[1]
+        count, found = len(np.concatenate(parts)), distances(parts[0], parts[1], whole, random)
+        out[0] += count / total * found[0]
+        if len(parts[0]) and len(parts[1]):
+            out[1] += count * found[1]
+            both += count
+    return out[0], out[1] / both if both else np.full(1 + BOOTSTRAPS, np.nan)
 
 
 def interval(draws: np.ndarray) -> Distance:
-    """From the value and its bootstraps."""
+    """The basic bootstrap interval: resampled distances lie above the value by what resampling adds, so they are
+    reflected at it (Davison and Hinkley 1997, section 5.2)."""
     tail = 50 * (1 - COVERAGE)
     if np.isnan(draws).any():
         return Distance(float(draws[0]), float("nan"), float("nan"))
     low, high = np.percentile(draws, (tail, 100 - tail))
-    return Distance(float(draws[0]), float(low), float(high))
+    value = float(draws[0])
+    return Distance(value, max(0.0, 2 * value - float(high)), max(value, 2 * value - float(low)))
 
 
 def compare(real: list[Tape], generated: list[Tape], seed: int = 0) -> pd.DataFrame:
@@ -350,11 +360,12 @@ def impact(tapes: list[Tape], lags: int = LAGS) -> pd.DataFrame:
         if n <= lags + 1:
             continue
         sign = np.where(kind == 1, direction, -direction)
-        moved = np.concatenate([[False], np.diff(mid) != 0])
+        moved = np.concatenate([[False], np.diff(mid) != 0]) & np.isfinite(mid)
         for label, types in (("MO", (4,)), ("LO", (1,)), ("CA", (2, 3))):
             for moves in (0, 1):
                 at = np.flatnonzero(np.isin(kind, types) & (moved == bool(moves)))
                 at = at[(at >= 1) & (at + lags - 1 < n)]
+                at = at[np.isfinite(mid[at - 1])]
                 if not len(at):
                     continue
                 ahead = mid[at[:, None] + np.arange(lags)] - mid[at - 1][:, None]

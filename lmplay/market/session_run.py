@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,7 @@ from .decode import Reader
 from .events import DAY, Market
 from .messages import Messages
 from .record import Tape, write_parquet
-from .sessions import Findings
+from .sessions import Findings, Session
 from .simulate import Settings, Simulator
 
 MINUTE = 60 * 10**9
@@ -59,47 +63,59 @@ def simulate(
 ) -> dict[str, Any]:  # fmt: skip
     """Simulate, write the files to `folder`, and return what there is to tell.
 
-    An interrupt (Ctrl-C) ends it early: what was simulated until then is written, and "interrupted" is True.
+    An interrupt (Ctrl-C) ends it after the round: what was simulated until then is written, and "interrupted" is True.
+
+    Raises:
+        LmplayError: too many messages in a row were rejected; what was simulated until then is written as well.
     """
+    clear(folder)
     begins = beginnings(told, extent.markets)
     markets = told.markets(begins)
     simulator = Simulator(reader, messages, markets, [context_of(told, messages, b, length) for b in begins], settings)
     ends = [min(m.time + int(extent.minutes * MINUTE), DAY) for m in markets]
     starts = [m.time for m in markets]
-    tapes = [_tape(folder, m, told.session.ticker, i) for i, m in enumerate(markets)]
+    tapes = [_tape(folder, m, told.session, i) for i, m in enumerate(markets)]
     began, read_before, interrupted, shown = time.perf_counter(), reader.seconds, False, 0.0
-    tokens_before = reader.tokens
+    failure: LmplayError | None = None
     try:
         active = [True] * len(markets)
-        while any(active):
-            for b, _, event in simulator.round(active):
-                if event.time < ends[b]:
-                    tapes[b].apply(event)
-                if event.time >= ends[b] or tapes[b].messages == extent.messages:
-                    active[b] = False
-            if time.perf_counter() - shown > 1 or not any(active):
-                shown = time.perf_counter()
-                progress = [
-                    max((m.time - s) / (e - s), t.messages / extent.messages if extent.messages else 0.0)
-                    for m, s, e, t in zip(markets, starts, ends, tapes, strict=True)
-                ]
-                show(min(progress), _line(simulator, markets, shown - began))
+        with deferred_interrupt() as asked:
+            while any(active) and not asked:
+                for b, _, event in simulator.round(active):
+                    if event.time < ends[b]:
+                        tapes[b].apply(event)
+                    if event.time >= ends[b] or tapes[b].messages == extent.messages:
+                        active[b] = False
+                if time.perf_counter() - shown > 1 or not any(active):
+                    shown = time.perf_counter()
+                    progress = [
+                        max((m.time - s) / (e - s), t.messages / extent.messages if extent.messages else 0.0)
+                        for m, s, e, t in zip(markets, starts, ends, tapes, strict=True)
+                    ]
+                    show(min(progress), _line(simulator, markets, shown - began))
+            interrupted = bool(asked)
     except KeyboardInterrupt:
         interrupted = True
+    except LmplayError as e:
+        failure = e
     seconds = time.perf_counter() - began
     for tape in tapes:
         tape.close()
     write_parquet(folder / "events.parquet", tapes)
+    if failure is not None:
+        raise LmplayError(f"{failure}; what was simulated until then is in {folder}") from failure
+    happened = sum(t.messages for t in tapes)
     market_seconds = sum((m.time - s) / 1e9 for m, s in zip(markets, starts, strict=True))
     return {
         "interrupted": interrupted, "markets": extent.markets, "settings": asdict(settings),
-        "cache": reader.cached, "messages": simulator.happened, "sampled": simulator.sampled,
-        "seconds": seconds, "messages_per_second": simulator.happened / seconds,
-        "tokens_per_second": (reader.tokens - tokens_before) / seconds,
+        "cache": reader.cached, "messages": happened, "sampled": simulator.sampled,
+        "seconds": seconds, "messages_per_second": happened / seconds,
+        "tokens_per_second": messages.width * happened / seconds,
         "seconds_in_the_model": reader.seconds - read_before,
         "share_outside_the_model": 1 - (reader.seconds - read_before) / seconds,
-        "market_seconds": market_seconds, "messages_per_market_second": simulator.happened / max(market_seconds, 1e-9),
+        "market_seconds": market_seconds, "messages_per_market_second": happened / max(market_seconds, 1e-9),
         "validity": simulator.tally.table(),
+        "valid_by_message": simulator.tally.over_time(max(1, (length - 1) // messages.width // 2)),
     }  # fmt: skip
 
 
@@ -112,14 +128,42 @@ def _line(simulator: Simulator, markets: list[Market], seconds: float) -> str:
     )
 
 
-def _tape(folder: Path, market: Market, ticker: str, number: int) -> Tape:
-    return Tape(folder, market, ticker, f"market{number:02}", number)
+def _tape(folder: Path, market: Market, session: Session, number: int) -> Tape:
+    return Tape(folder, market, session.ticker, f"market{number:02}", number, session.tick)
+
+
+def clear(folder: Path) -> None:
+    """Take away what an earlier simulation left, of which `score` would read the files that are not written again."""
+    for pattern in ("*_message_*.csv", "*_orderbook_*.csv", "*_message_*.tmp", "*_orderbook_*.tmp", "events.parquet"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[list[int]]:
+    """Ctrl-C is put into the list instead of striking in the middle of a file; a second one strikes."""
+    asked: list[int] = []
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def write_real(told: Told, folder: Path) -> None:
     """The held-out part as it was."""
+    clear(folder)
     [market] = told.markets([told.start])
-    tape = _tape(folder, market, told.session.ticker, 0)
+    tape = _tape(folder, market, told.session, 0)
     for event in told.events[told.start :]:
         tape.apply(event)
     tape.close()
@@ -128,10 +172,11 @@ def write_real(told: Told, folder: Path) -> None:
 
 def write_baseline(told: Told, extent: Extent, folder: Path, seed: int) -> None:
     """Zero-intelligence markets from the same beginnings over the same time, at the rates of what is not held out."""
+    clear(folder)
     rates = zero_intelligence.fit(islice(told.replay(), told.start))
     tapes = []
     for i, market in enumerate(told.markets(beginnings(told, extent.markets))):
-        tape = _tape(folder, market, told.session.ticker, i)
+        tape = _tape(folder, market, told.session, i)
         end = min(market.time + int(extent.minutes * MINUTE), DAY)
         random = np.random.default_rng([seed, i])
         for event in zero_intelligence.events(market, rates, random, zero_intelligence.Realism.none()):
@@ -146,9 +191,10 @@ def write_baseline(told: Told, extent: Extent, folder: Path, seed: int) -> None:
 
 def write_generated(seed: int, minutes: float, folder: Path) -> int:
     """The embedded generator's market; returns how many messages it has."""
+    clear(folder)
     session = zero_intelligence.session(seed, 60 * minutes)
     market = Market(0, session.orders, session.time)
-    tape = _tape(folder, market, session.ticker, 0)
+    tape = _tape(folder, market, session, 0)
     for _, event in session.events(market, Findings(session.name)):
         tape.apply(event)
     tape.close()

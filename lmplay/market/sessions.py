@@ -45,6 +45,7 @@ class Session:
     time: int
     orders: list[Order]  # resting at the beginning, in the order of arrival
     events: Events
+    tick: int = 100  # the price grid in 1/10000, for writing LOBSTER files
 
 
 def replay(session: Session, findings: Findings, ticker: int = 0) -> Iterator[tuple[Event, Message, Market]]:
@@ -59,11 +60,12 @@ def replay(session: Session, findings: Findings, ticker: int = 0) -> Iterator[tu
     """
     market = Market(ticker, session.orders, session.time)
     left_out: set[int] = set()
+    clipped: set[int] = set()
     for line, raw in session.events(market, findings):
         if raw.time < market.time:
             findings.wrong(line, "out of order", f"its time is {market.time - raw.time} ns before the last one's")
             continue
-        event = _expressible(raw, market, findings, left_out, line)
+        event = _expressible(raw, market, findings, left_out, clipped, line)
         if event is None:
             continue
         if market.book.mid() is None:
@@ -87,12 +89,15 @@ def replay(session: Session, findings: Findings, ticker: int = 0) -> Iterator[tu
         findings.counts["orders that the mid left behind"] = len(market.book.pruned)
 
 
-def _expressible(event: Event, market: Market, findings: Findings, left_out: set[int], line: int) -> Event | None:
+def _expressible(
+    event: Event, market: Market, findings: Findings, left_out: set[int], clipped: set[int], line: int
+) -> Event | None:
     """The event as a message can tell it, or None where it cannot be told."""
     book, counts = market.book, findings.counts
     if event.kind in (ADD, REPLACE):
         if event.size > MAX_SIZE:
             counts["clipped: size"] += 1
+            clipped.add(event.order if event.kind == ADD else event.new)
             event = event._replace(size=MAX_SIZE)
         if event.size <= 0:
             findings.wrong(line, "size", f"its size is {event.size}")
@@ -109,7 +114,7 @@ def _expressible(event: Event, market: Market, findings: Findings, left_out: set
                 findings.wrong(line, "reference", f"order {event.order} is not in the book")
             return None
         if event.kind != REPLACE and event.size > order.size:
-            if order.size == MAX_SIZE:  # it was clipped
+            if order.id in clipped or order.size == MAX_SIZE:
                 counts["clipped: size"] += 1
                 event = event._replace(size=order.size)
             else:

@@ -57,19 +57,25 @@ class Tally:
     verdicts: Counter[tuple[str, str]] = field(default_factory=Counter)
     loose: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
+    by_round: list[list[int]] = field(default_factory=list)  # of each round: strictly valid, sampled
+
+    def over_time(self, every: int) -> list[tuple[int, float]]:
+        """(rounds so far, the strictly valid share of the last `every` rounds)."""
+        ends = range(every, len(self.by_round) + 1, every)
+        sums = [np.sum(self.by_round[end - every : end], 0) for end in ends]
+        return [(end, float(valid / max(1, count))) for end, (valid, count) in zip(ends, sums, strict=True)]
 
     def table(self) -> dict[str, dict[str, float]]:
         """By kind, and for all: messages, shares that are strictly valid, loosely valid, valid after repair, and of
         each reason."""
         out: dict[str, dict[str, float]] = {}
         for kind in (*KINDS, "unreadable", "all"):
-            mine = {v: n for (k, v), n in self.verdicts.items() if kind in (k, "all")}
             total = Counter[str]()
             for (k, v), n in self.verdicts.items():
                 if kind in (k, "all"):
                     total[v] += n
             count = sum(total.values())
-            if not mine or not count:
+            if not count:
                 continue
             kinds = [kind] if kind != "all" else [*KINDS, "unreadable"]
             loose, repaired = (sum(c[k] for k in kinds) for c in (self.loose, self.repaired))
@@ -176,6 +182,7 @@ class Simulator:
         left alone.
         """
         began = time.perf_counter()
+        self.tally.by_round.append([0, 0])
         tokens = self._sample()
         rows, readable = self.m.decode_messages(tokens)
         happens: list[Event | None] = []
@@ -189,7 +196,7 @@ class Simulator:
                 corrected[b] = told[0]
             if active[b]:
                 self.refused[b] = 0 if event is not None else self.refused[b] + 1
-                if self.refused[b] > MOST_REJECTED:
+                if self.refused[b] == MOST_REJECTED:
                     raise LmplayError(
                         f"market {b}: {MOST_REJECTED} messages in a row were rejected; the last one: "
                         f"{self.m.decode(tokens[b].tolist()).strip()}"
@@ -207,6 +214,8 @@ class Simulator:
         verdict, order = judge(market, message, readable)
         name = KINDS[message.kind] if readable else "unreadable"
         self.tally.verdicts[name, verdict] += 1
+        self.tally.by_round[-1][0] += verdict == VALID
+        self.tally.by_round[-1][1] += 1
         if not readable or verdict in ("ticker", "gap") or message.time >= DAY:
             return None
         loose = is_loose(market, message)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .book import ASK, BID, Order
-from .events import ADD, CANCEL, EXECUTE, MAX_SIZE, REPLACE, Event, Market, Message
+from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, MAX_SIZE, REPLACE, Event, Market, Message
 from .sessions import Findings, Session
 
 # Cont, Stoikov and Talreja's table 1, by ticks from the opposite best price; further away its power law, and the last.
@@ -227,14 +227,14 @@ def fit(replayed: Iterable[tuple[Event, Message, Market]], reach: int = 999) -> 
         other = market.book.best(1 - message.side)
         if other is None:
             continue
-        mid = event.price - message.price if event.kind != EXECUTE else 0
+        mid = event.price - message.price
         if event.kind in (ADD, REPLACE):
             limit[message.side, min(abs(event.price - other), reach) - 1] += 1
             sizes.append(message.size)
         if event.kind in (CANCEL, REPLACE):
             price = event.price if event.kind == CANCEL else mid + message.ref_price
             gone[message.side, min(max(abs(price - other), 1), reach) - 1] += 1
-        if event.kind == EXECUTE:
+        if event.kind in (EXECUTE, EXECUTE_AT):
             trades[message.side] += 1
             trade_sizes.append(message.size)
     if not sizes or seconds <= 0:
