@@ -141,7 +141,7 @@ def impact_curves(curves: dict[str, pd.DataFrame], path: Path) -> Path:
     for ax, event in zip(axes.T.flat, EVENT_TYPES, strict=True):
         for name, curve in curves.items():
             ax.plot(curve.index, curve[event], color=COLOURS[name], lw=1.4, label=name)
-        moves = "that move the mid" if event.endswith("1") else "that do not"
+        moves = "that move the mid" if event.endswith("1") else "that leave the mid"
         ax.set_title(f"{labels[event[:2]]} {moves}", fontsize=9, loc="left")
         ax.axhline(0, color="#999999", lw=0.6)
         ax.grid(alpha=0.3)
