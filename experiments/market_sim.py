@@ -38,17 +38,17 @@ class Config:
     num_blocks: int = 12
     embed_dim: int = 768
     num_heads: int = 12
-    queries_per_kv: int = 3  # heads that share a key and a value
-    ff_dim: int = 0  # 0: 4 embed_dim for gelu, 19/6 embed_dim for swiglu, about as many weights
+    queries_per_kv: int = 3  # CHANGED: heads that share a key and a value
+    ff_dim: int = 0  # CHANGED: 0: 4 embed_dim for gelu, 19/6 embed_dim for swiglu, about as many weights
     max_len: int = 2689
     vocab_size: int = 12544
     dropout: float = 0.0
-    positions: Literal["rotary", "learned"] = "rotary"
-    norm: Literal["rms", "layer"] = "rms"
-    ff: Literal["swiglu", "gelu"] = "swiglu"
+    positions: Literal["rotary", "learned"] = "rotary"  # CHANGED: turned keys and queries, or a vector for each place
+    norm: Literal["rms", "layer"] = "rms"  # CHANGED
+    ff: Literal["swiglu", "gelu"] = "swiglu"  # CHANGED: gated, or gpt2ish's
     tied: bool = True
-    sink: bool = True  # False: no other position sees the first
-    rotary_base: float = 10000.0
+    sink: bool = True  # CHANGED: False: no other position sees the first
+    rotary_base: float = 10000.0  # CHANGED: the longest wavelength is 2 pi of it
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
