@@ -222,10 +222,7 @@ class Experiment:
         fields = {f.name for f in dataclasses.fields(self.config_type)}
         sizes = {k: v for k, v in plan_sizes.items() if k in fields}
         without = [k for k in plan_sizes if k not in fields]
-        for key in overrides:
-            if key not in fields:
-                raise LmplayError(f"--set {key}: {self.variant} has no such field{nearest(key, fields)}")
-        parsed = {k: _parse(self.config_type, k, v) for k, v in overrides.items()}
+        parsed = self.parsed(overrides)
         try:
             config = self.config_type(**{**sizes, **self.source.variants[self.variant], **parsed})
         except (ValueError, TypeError, ArithmeticError) as e:
@@ -240,6 +237,18 @@ class Experiment:
                     "runs of a plan read the same tokens; copy the plan to change it"
                 )
         return config, without
+
+    def parsed(self, overrides: Mapping[str, str]) -> dict[str, Any]:
+        """The overrides' values, of the types that the Config's fields have.
+
+        Raises:
+            LmplayError: one names no field, or does not fit.
+        """
+        fields = {f.name for f in dataclasses.fields(self.config_type)}
+        for key in overrides:
+            if key not in fields:
+                raise LmplayError(f"--set {key}: {self.variant} has no such field{nearest(key, fields)}")
+        return {k: _parse(self.config_type, k, v) for k, v in overrides.items()}
 
     def runner(self, config: Any) -> ModelRunner:
         return self.module.Runner(config)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,26 @@ class Restored:
     model: nn.Module
     tokenizer: Tokenizer
     folded: bool
+
+
+def with_settings(restored: Restored, overrides: Mapping[str, str]) -> Restored:
+    """The same weights in a model of other settings, such as leave the weights' names and shapes as they are.
+
+    Raises:
+        LmplayError: a setting is unknown, does not go with the others, or wants other weights.
+    """
+    if not overrides:
+        return restored
+    try:
+        config = dataclasses.replace(restored.config, **restored.experiment.parsed(overrides))
+        runner = restored.experiment.runner(config)
+        model = probe.build_model(runner, 0)
+        model = runner.fold(model) if restored.folded else model
+        model.load_state_dict(restored.model.state_dict())
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as e:
+        reason = str(e).strip().splitlines()[-1].strip()
+        raise LmplayError(f"--set: the trained weights do not go with these settings: {reason}") from e
+    return dataclasses.replace(restored, config=config, runner=runner, model=model)
 
 
 def locate(model: Path | None, out: Path, say: Callable[[str], None], option: str) -> tuple[RunFolder, Checkpoint]:

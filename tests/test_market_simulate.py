@@ -263,8 +263,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("market")
     plan = market_plan(folder)
-    for variant in ("modern", "vanilla"):
-        settings = [] if variant == "vanilla" else ["--seed", "1"]
+    for variant in ("modern", "vanilla", "market_mamba"):
+        settings = ["--seed", "1"] if variant == "modern" else []
         result = call_command("lmp_trainer", "--exp", variant, "--training-plan", str(plan), *settings, cwd=folder)
         assert result.returncode == 0, result.stderr
     return folder
@@ -300,11 +300,28 @@ def test_simulate_score_and_perplexity_run_and_say_what_they_found(
     assert fields.loc["all", "nats per token"] == pytest.approx(whole, rel=0.05)  # the validation set has more samples
 
 
+def test_mamba_runs_a_market_too(trained: Path, command: Command) -> None:
+    few = ("--markets", "2", "--messages", "3", "--no-baseline", "--save", "out")
+    result = command("lmp_market", "simulate", "--model", run_of(trained, "market_mamba"), *few)
+    assert result.returncode == 0, result.stderr
+    assert "slow" not in result.stdout
+
+
 def test_a_model_without_an_endless_cache_says_that_it_is_slow(trained: Path, command: Command) -> None:
     few = ("--markets", "1", "--messages", "2", "--no-baseline", "--save", "out")
     result = command("lmp_market", "simulate", "--model", run_of(trained, "vanilla"), *few)
     assert result.returncode == 0, result.stderr
     assert "vanilla has no cache for endless texts" in result.stdout
+
+
+def test_another_setting_of_the_same_weights_is_another_model(trained: Path, command: Command, tmp_path: Path) -> None:
+    told = {}
+    few = ("--model", run_of(trained, "modern"), "--times", "2", "--streams", "2")
+    for name, words in (("with", ()), ("without", ("--set", "sink=false"))):
+        result = command("lmp_market", "perplexity", *few, "--save", name, *words)
+        assert result.returncode == 0, result.stderr
+        told[name] = pd.read_csv(tmp_path / name / "perplexity_by_position.csv")["nats per token"]
+    assert not told["with"].equals(told["without"])
 
 
 def test_generate_is_a_market_by_itself(command: Command, tmp_path: Path) -> None:
@@ -319,6 +336,11 @@ def test_generate_is_a_market_by_itself(command: Command, tmp_path: Path) -> Non
         (("simulate", "--model", "nowhere"), "there is no such folder"),
         (("simulate", "--no-grammar", "--model", "RUN"), "the book mask needs the grammar mask"),
         (("simulate", "--temperature", "0", "--model", "RUN"), "must be above 0"),
+        (("perplexity", "--set", "snk=false", "--model", "RUN"), "no such field (did you mean sink?)"),
+        (
+            ("perplexity", "--set", "embed_dim=32", "--model", "RUN"),
+            "the trained weights do not go with these settings",
+        ),
         (("simulate", "--ticker", "ZJ", "--model", "RUN"), "the model knows no such ticker (did you mean ZI?)"),
         (("simulate", "--training-plan", "market_btc", "--model", "RUN"), "BTCUSD is none of the tokenizer's"),
         (("simulate", "--training-plan", "smoke", "--model", "RUN"), "its data are no market's"),

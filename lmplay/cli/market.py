@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LmplayError, nearest
 from . import ending
-from .trainer import positive_int
+from .trainer import parse_overrides, positive_int
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,6 +62,8 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", type=Path, metavar="RUN|CHECKPOINT", help="a run's folder or a checkpoint (newest run)")
     p.add_argument("--training-plan", metavar="NAME", help="another plan's held-out data instead of the run's own")
     p.add_argument("--ticker", metavar="NAME", help="which of the data's tickers (the first)")
+    help_set = "another setting of the trained model that leaves its weights as they are: sink=false"
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_set)
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--out", type=Path, default=Path("gpt_out"), help="where the newest run is looked for (gpt_out)")
 
@@ -85,9 +87,10 @@ def _restore(args: argparse.Namespace) -> tuple[Restored, Messages]:
         LmplayError: it was not trained on a market's messages.
     """
     from ..market.messages import Messages
-    from ..restore import locate, restore
+    from ..restore import locate, restore, with_settings
 
     restored = restore(*locate(args.model, args.out, lambda text: print(text, file=sys.stderr), "--model"))
+    restored = with_settings(restored, parse_overrides(args.overrides))
     tokenizer = restored.tokenizer
     if not isinstance(tokenizer, Messages):
         raise LmplayError(
