@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +82,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _restore(args: argparse.Namespace) -> tuple[Restored, Messages]:
-    """The run and its vocabulary of messages.
+    """The run, its model folded and on the device, and its vocabulary of messages.
 
     Raises:
         LmplayError: it was not trained on a market's messages.
     """
+    from ..devices import pick_device
     from ..market.messages import Messages
     from ..restore import locate, restore, with_settings
 
@@ -97,7 +99,10 @@ def _restore(args: argparse.Namespace) -> tuple[Restored, Messages]:
             f"{restored.run.path}: its vocabulary is {tokenizer.kind}, not a market's messages; "
             "lmp_trainer --exp market_sim --training-plan market_zi trains one"
         )
-    return restored, tokenizer
+    model = restored.model.to(pick_device(args.device)).eval()
+    if not restored.folded:
+        model = restored.runner.fold(model)
+    return replace(restored, model=model, folded=True), tokenizer
 
 
 def _told(args: argparse.Namespace, restored: Restored, messages: Messages) -> Told:
@@ -164,19 +169,15 @@ def simulate(args: argparse.Namespace) -> int:
     tune_memory()  # before torch is imported
     import pandas as pd
 
-    from ..devices import pick_device
     from ..market import session_run
     from ..market.decode import Reader
     from ..market.simulate import Settings
     from ..report import Report, make_console
 
     settings = Settings(not args.no_grammar, not args.no_book, not args.no_repair, args.temperature, args.seed)
-    device = pick_device(args.device)
     restored, messages = _restore(args)
     told = _told(args, restored, messages)
-    runner, model = restored.runner, restored.model.to(device).eval()
-    if not restored.folded:
-        model = runner.fold(model)
+    runner, model = restored.runner, restored.model
     extent = session_run.Extent(args.markets, args.minutes, args.messages)
     folder = args.save or restored.run.path / "market"
     length = restored.config.max_len
@@ -288,15 +289,11 @@ def perplexity(args: argparse.Namespace) -> int:
     from ..devices import tune_memory
 
     tune_memory()  # before torch is imported
-    from ..devices import pick_device
     from ..market.perplexity import by_field, by_position
 
-    device = pick_device(args.device)
     restored, messages = _restore(args)
     told = _told(args, restored, messages)
-    runner, model = restored.runner, restored.model.to(device).eval()
-    if not restored.folded:
-        model = runner.fold(model)
+    runner, model = restored.runner, restored.model
     folder = args.save or restored.run.path / "market"
     folder.mkdir(parents=True, exist_ok=True)
     length = restored.config.max_len
