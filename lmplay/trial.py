@@ -353,6 +353,3 @@ def _number(x: Any) -> Any:
 
 def _finite(ends: tuple[float, float]) -> tuple[float | None, float | None]:
     return _number(ends[0]), _number(ends[1])
-
-
-__all__ = ["CONTROLS", "UNDECIDED", "Design", "Result", "Unit", "needed", "report"]

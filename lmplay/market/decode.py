@@ -31,7 +31,6 @@ class Reader:
         if self.stream is None:
             self.stream = _Reread(batch_size, length)
         self.seconds = 0.0
-        self.tokens = 0
 
     @property
     def cached(self) -> bool:
@@ -47,7 +46,6 @@ class Reader:
                 logits, self.stream = self.runner.logits(self.model, ids.to(self.device), self.stream)
             logits = logits.float().cpu()
         self.seconds += time.perf_counter() - began
-        self.tokens += ids.numel()
         return logits
 
     def make_room(self, tokens: int) -> None:

@@ -17,7 +17,6 @@ class Grammar:
 
     def __init__(self, messages: Messages):
         self.m = messages
-        self.width = messages.width
 
     def group(self, position: int) -> tuple[int, int]:
         """The first id and how many ids the position's own tokens have."""

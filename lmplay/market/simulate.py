@@ -7,7 +7,6 @@ rolled back to the message's beginning: it remembers what happened, and nothing 
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -153,7 +152,6 @@ class Simulator:
         self.tally = Tally()
         self.refused = [0] * len(markets)
         self.sampled = self.happened = 0
-        self.seconds = 0.0
         shortest = min(len(c) for c in context)
         if shortest < 1:
             raise LmplayError("a market cannot be continued from its first message: there is nothing to read before it")
@@ -181,7 +179,6 @@ class Simulator:
         Each event has to be applied to its market before the next is asked for. Markets that are not `active` are
         left alone.
         """
-        began = time.perf_counter()
         self.tally.by_round.append([0, 0])
         tokens = self._sample()
         rows, readable = self.m.decode_messages(tokens)
@@ -202,7 +199,6 @@ class Simulator:
                         f"{self.m.decode(tokens[b].tolist()).strip()}"
                     )
         self._remember(tokens, corrected, torch.tensor([e is None for e in happens]))
-        self.seconds += time.perf_counter() - began
         for b, event in enumerate(happens):
             if event is not None:
                 self.happened += 1
