@@ -19,8 +19,8 @@ from .errors import LmplayError
 from .verdict import REAL, UNDECIDED, Verdict, correlation, judge, looks, t_interval, tokens_to_reach
 
 LR_SEED = 1000  # learning rates are chosen on other seeds than the pairs'
-RUNGS = (1 / 8, 1 / 4)  # shares of the budget at which learning rates are tried
-KEPT = 3  # of them go on to the second rung
+RUNGS = (1 / 4, 1 / 2, 1.0)  # shares of the budget at which learning rates are tried; the choice is made at all of it,
+KEPT = (3, 2)  # and so many go on from a rung: short runs say which are hopeless, and not which is best
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 WIDEST = 64.0  # no factor beyond it or its inverse is tried
 CONTROL_SEEDS = 3
@@ -131,28 +131,31 @@ def needed(design: Design, results: Results) -> list[Unit]:
 def tuning(arm: str, results: Results) -> float | list[Unit]:
     """An arm's best factor on the learning rates, or the runs it still takes to find it.
 
-    All factors get an eighth of the budget; while the best is at an end of the range, the range grows there. The three
-    best get a quarter, and the best of these is taken: the others were hopeless enough to stop.
+    All factors get a quarter of the budget; while the best is at an end of the range, the range grows there. The three
+    best get a half, the two best of these all of it, and the better one is taken (successive halving, Jamieson and
+    Talwalkar 2016). The plan's own rate always goes on, in the last one's place: while all rates learn no more than how
+    often each token comes, one that blows up later may lead by a hair.
     """
     factors = list(FACTORS)
     while True:
         units = [Unit("lr", arm, LR_SEED, f, RUNGS[0]) for f in sorted(factors)]
-        missing = [u for u in units if u.key not in results]
-        if missing:
+        if missing := [u for u in units if u.key not in results]:
             return missing
-        ordered = sorted(units, key=lambda u: (results[u.key].loss, u.factor))
-        best = ordered[0].factor
+        units.sort(key=lambda u: (results[u.key].loss, u.factor))
+        best = units[0].factor
         if best == max(factors) and best < WIDEST:
             factors.append(2 * best)
         elif best == min(factors) and best > 1 / WIDEST:
             factors.append(best / 2)
         else:
             break
-    finals = [replace(u, share=RUNGS[1]) for u in ordered[:KEPT]]
-    missing = [u for u in finals if u.key not in results]
-    if missing:
-        return missing
-    return min(finals, key=lambda u: (results[u.key].loss, u.factor)).factor
+    for share, kept in zip(RUNGS[1:], KEPT, strict=True):
+        plans_own = [u for u in units[kept:] if u.factor == 1]
+        units = [replace(u, share=share) for u in [*units[: kept - len(plans_own)], *plans_own]]
+        if missing := [u for u in units if u.key not in results]:
+            return missing
+        units.sort(key=lambda u: (results[u.key].loss, u.factor))
+    return units[0].factor
 
 
 def pair_unit(arm: str, seed: int, factors: Mapping[str, float]) -> Unit:
