@@ -7,6 +7,8 @@ is causal and the same for every curve of a figure.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ AXES = {"tokens": "tokens", "steps": "step", "flops": "flops", "seconds": "secon
 METRICS = ("loss", "bpb", "accuracy")
 ANCESTOR_SUFFIXES = {"train": "_train_stats.csv", "validate": "_validate_stats.csv"}
 GRID = 400  # points of a common grid
+COVERAGE = 0.95  # of the bands
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Curve:
     @property
     def arena(self) -> tuple[str, str]:
         return self.plan, self.fingerprint
+
+    @property
+    def family(self) -> str:
+        """What the seeds of one setting share: the run's name without its seed."""
+        return re.sub(r"-s-?\d+$", "", self.name)
 
 
 def read_curve(path: Path) -> pd.DataFrame:
@@ -201,17 +209,79 @@ def difference(
     they have the same ones, so that nothing is interpolated there.
     """
     (x, y), (bx, by) = run, base
-    low, high = max(x[0], bx[0]), min(x[-1], bx[-1])
-    if low > high:
-        return np.empty(0), np.empty(0)
-    inside = x[(x >= low) & (x <= high)]
-    if np.isin(inside, bx).all():
-        grid = inside
-    elif low == high:
-        grid = np.array([low])
-    else:
-        grid = np.geomspace(low, high, GRID) if low > 0 else np.linspace(low, high, GRID)
+    grid = common_grid([x, bx])
     return grid, np.interp(grid, x, y) - np.interp(grid, bx, by)
+
+
+def common_grid(xs: Sequence[np.ndarray]) -> np.ndarray:
+    """Where all curves with the points `xs`, growing, can be compared; empty where they do not overlap.
+
+    The first one's own points where the others have them, too; else a geometric grid, or an even one from 0.
+    """
+    low, high = max(x[0] for x in xs), min(x[-1] for x in xs)
+    if low > high:
+        return np.empty(0)
+    inside = xs[0][(xs[0] >= low) & (xs[0] <= high)]
+    if all(np.isin(inside, x).all() for x in xs[1:]):
+        return inside
+    if low == high:
+        return np.array([low])
+    return np.geomspace(low, high, GRID) if low > 0 else np.linspace(low, high, GRID)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Several seeds as one curve: their mean, and half the width of Student's 95 % interval of it, each (n,)."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    half: np.ndarray
+    seeds: int
+
+
+def band(lines: Sequence[tuple[np.ndarray, np.ndarray]], coverage: float = COVERAGE) -> Band | None:
+    """The mean of curves (x, y) and its interval at each point; None for one seed, or where they do not overlap."""
+    grid = common_grid([x for x, _ in lines]) if len(lines) > 1 else np.empty(0)
+    if not len(grid):
+        return None
+    ys = np.stack([np.interp(grid, x, y) for x, y in lines])
+    half = _quantile(len(lines), coverage) * ys.std(axis=0, ddof=1) / math.sqrt(len(lines))
+    return Band(grid, ys.mean(axis=0), half, len(lines))
+
+
+def null_band(lines: Sequence[tuple[np.ndarray, np.ndarray]], coverage: float = COVERAGE) -> Band | None:
+    """What luck alone does: 95 % of the differences between two runs of the baseline with other seeds lie within
+    `half` of 0, by Student's t of the seeds that are there. `mean` is 0."""
+    found = band(lines, coverage)
+    if found is None:
+        return None
+    half = found.half * math.sqrt(2 * found.seeds)  # of the difference of two, not of a mean
+    return Band(found.x, np.zeros_like(half), half, found.seeds)
+
+
+def _quantile(seeds: int, coverage: float) -> float:
+    from scipy import stats
+
+    return float(stats.t.ppf(0.5 + coverage / 2, seeds - 1))
+
+
+def families(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+    """Curves by setting, as seeds of one another.
+
+    Runs of one name whose experiment's source differs are no seeds of each other: the source's digest is added.
+    """
+    sources: dict[str, set[str]] = {}
+    for curve in curves:
+        sources.setdefault(curve.family, set()).add(_source(curve))
+    groups: dict[str, list[Curve]] = {}
+    for curve in curves:
+        odd = len(sources[curve.family]) > 1
+        groups.setdefault(f"{curve.family} ({_source(curve)[:6]})" if odd else curve.family, []).append(curve)
+    return groups
+
+
+def _source(curve: Curve) -> str:
+    return str(curve.run.get("identity", {}).get("experiment", ""))
 
 
 def final_table(curves: Sequence[Curve], partner: dict[Path, Curve]) -> pd.DataFrame:
@@ -236,8 +306,5 @@ def final_table(curves: Sequence[Curve], partner: dict[Path, Curve]) -> pd.DataF
 
 def seeds_note(curves: Sequence[Curve]) -> str:
     """What the number of seeds allows to say."""
-    seeds: dict[str, int] = {}
-    for curve in curves:
-        seeds[curve.variant] = seeds.get(curve.variant, 0) + 1
-    alone = [v for v, n in seeds.items() if n == 1]
+    alone = [family for family, seeds in families(curves).items() if len(seeds) == 1]
     return f"single seed, no claim: {', '.join(alone)}" if alone else ""

@@ -10,12 +10,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from .compare import AXES, Curve, difference, series, smooth
+from .compare import AXES, Band, Curve, band, difference, families, null_band, series, smooth
 from .errors import LmplayError
 
 # Okabe & Ito's palette, told apart with every common colour blindness; reordered for contrast.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
+GREY = "#8a8a8a"
 THEMES = {
     "light": {"ground": "#ffffff", "text": "#222222", "grid": "#e3e3e3"},
     "dark": {"ground": "#16181d", "text": "#e6e6e6", "grid": "#33363d"},
@@ -43,19 +44,13 @@ class Style:
     kind: str = "validation"
 
 
-def colours(curves: Sequence[Curve], baseline: Curve | None) -> dict[str, tuple[str, str]]:
-    """Colour and dash of each run: a colour a variant, a dash a seed; the baseline's variant is grey."""
-    variants = list(dict.fromkeys(c.variant for c in curves if baseline is None or c.variant != baseline.variant))
-    chosen = {v: COLOURS[i % len(COLOURS)] for i, v in enumerate(variants)}
-    if baseline is not None:
-        chosen[baseline.variant] = "#8a8a8a"
-    seen: dict[str, int] = {}
-    out = {}
-    for c in curves:  # seeds, and variants beyond the palette, share a colour and differ in the dash
-        colour = chosen[c.variant]
-        out[str(c.path)] = (colour, DASHES[seen.get(colour, 0) % len(DASHES)])
-        seen[colour] = seen.get(colour, 0) + 1
-    return out
+def looks_of(curves: Sequence[Curve], baseline: Curve | None) -> dict[str, tuple[str, str]]:
+    """Colour and dash of each family of seeds; the baseline's is grey. Beyond the palette the dash differs."""
+    groups = families(curves)
+    grey = [name for name, seeds in groups.items() if baseline is not None and baseline in seeds]
+    others = [name for name in groups if name not in grey]
+    found = {n: (COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]) for i, n in enumerate(others)}
+    return found | dict.fromkeys(grey, (GREY, DASHES[0]))
 
 
 def draw(
@@ -67,6 +62,9 @@ def draw(
     partner: dict[Path, Curve] | None,
 ) -> bool:
     """Write one figure: the metric of every run, or with `partner` its difference to its partner.
+
+    Seeds of one setting are faint lines behind their mean with Student's 95 % interval; one seed has no interval. In a
+    difference the grey band is what luck alone does: :func:`lmplay.compare.null_band`.
 
     Returns whether there was anything to draw; a metric that no run has writes nothing.
 
@@ -90,14 +88,31 @@ def draw(
         "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
     }  # fmt: skip
     with plt.rc_context(settings):
-        legend_rows = -(-len(lines) // 3)
+        groups = _groups(curves, lines)
+        legend_rows = -(-(len(groups) + 1) // 2)
         fig, ax = plt.subplots(figsize=(10, 5.6 + 0.22 * legend_rows), dpi=120, layout="constrained")
-        looks = colours(curves, baseline)
-        for curve, x, y, faint in lines:
-            colour, dash = looks[str(curve.path)]
-            if faint is not None:
-                ax.plot(x, faint, color=colour, alpha=0.25, lw=0.8)
-            ax.plot(x, y, color=colour, ls=dash, lw=1.8, label=curve.name, marker="o" if len(x) == 1 else None)
+        looks = looks_of(curves, baseline)
+        null = _null(curves, metric, style, baseline) if diff else None
+        if null is not None:
+            label = f"luck: two runs of {_family_of(curves, baseline)} with other seeds ({null.seeds} seeds)"
+            ax.fill_between(null.x, -null.half, null.half, color=GREY, alpha=0.25, lw=0, label=label, zorder=0.5)
+            for edge in (-null.half, null.half):
+                ax.plot(null.x, edge, color=GREY, lw=1, ls=":")
+        ends = []
+        for name, (seeds, found) in groups.items():
+            colour, dash = looks[name]
+            for _, x, y, faint in seeds:
+                if faint is not None:
+                    ax.plot(x, faint, color=colour, alpha=0.25, lw=0.8)
+                if found is not None:
+                    ax.plot(x, y, color=colour, alpha=0.45, lw=0.7)
+            _, x, y, _ = seeds[0]
+            label = f"{seeds[0][0].name} (single seed: no claim)"
+            if found is not None:
+                x, y, label = found.x, found.mean, f"{name} ({found.seeds} seeds)"
+                ax.fill_between(x, y - found.half, y + found.half, color=colour, alpha=0.1, lw=0)
+            ax.plot(x, y, color=colour, ls=dash, lw=1.8, label=label, marker="o" if len(x) == 1 else None)
+            ends.append((name, colour, float(x[-1]), float(y[-1])))
         shortest = min(x[-1] for _, x, _, _ in lines)
         first = min((x[x > 0][0] for _, x, _, _ in lines if (x > 0).any()), default=1.0)
         ax.set_xscale("log")
@@ -107,7 +122,7 @@ def draw(
         if metric == "accuracy":
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         if diff and baseline is not None:
-            ax.axhline(0, color="#8a8a8a", lw=1.5)
+            ax.axhline(0, color=GREY, lw=1.5)
             better = "lower" if metric != "accuracy" else "higher"
             paired = {c.path for c in (partner or {}).values()} != {baseline.path}
             to = f"{baseline.variant} of the same seed" if paired else baseline.name
@@ -116,12 +131,13 @@ def draw(
             ax.set_ylabel(LABELS[metric])
         ax.set_xlabel(LABELS[style.x])
         ax.grid(True, which="major", lw=0.6)
-        _label_ends(ax, lines, looks)
+        _label_ends(ax, ends)
         window = (
             f"each point is the mean of the last {style.average_count}" if style.average_count > 1 else "not smoothed"
         )
-        ax.set_title(f"{curves[0].plan}: {style.kind}, {window}", loc="left", fontsize=11)
-        fig.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)  # inside it would cover curves
+        bands = ", bands of 95 % (Student's t)" if any(found for _, found in groups.values()) else ""
+        ax.set_title(f"{curves[0].plan}: {style.kind}, {window}{bands}", loc="left", fontsize=11)
+        fig.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)  # inside it would cover curves
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fig.savefig(path)
@@ -133,6 +149,29 @@ def draw(
 
 
 Line = tuple[Curve, np.ndarray, np.ndarray, np.ndarray | None]
+Group = tuple[list[Line], Band | None]
+
+
+def _groups(curves: Sequence[Curve], lines: Sequence[Line]) -> dict[str, Group]:
+    """The lines by family, and the band of those that have several seeds."""
+    by_path = {line[0].path: line for line in lines}
+    groups: dict[str, Group] = {}
+    for name, seeds in families(curves).items():
+        own = [by_path[c.path] for c in seeds if c.path in by_path]
+        if own:
+            groups[name] = own, band([(x, y) for _, x, y, _ in own])
+    return groups
+
+
+def _family_of(curves: Sequence[Curve], baseline: Curve | None) -> str:
+    return next((name for name, seeds in families(curves).items() if baseline in seeds), "")
+
+
+def _null(curves: Sequence[Curve], metric: str, style: Style, baseline: Curve | None) -> Band | None:
+    """The band of luck, from the baseline's seeds."""
+    own = families(curves).get(_family_of(curves, baseline), [])
+    found = [series(c, style.x, metric) for c in own]
+    return null_band([(x, smooth(y, style.average_count)) for x, y in (f for f in found if f is not None)])
 
 
 def _lines(curves: Sequence[Curve], metric: str, style: Style, partner: dict[Path, Curve] | None) -> list[Line]:
@@ -151,7 +190,7 @@ def _lines(curves: Sequence[Curve], metric: str, style: Style, partner: dict[Pat
                 continue
             _, raw = difference(own, base)
             x, smoothed = difference((x, smoothed), (base[0], smooth(base[1], style.average_count)))
-        if len(x):
+        if len(x) and x[-1] > 0:  # the axis is logarithmic: a run that has only begun has nothing on it
             out.append((curve, x, smoothed, raw if style.raw and style.average_count > 1 else None))
     return out
 
@@ -181,25 +220,18 @@ def _fit_y(ax: Any, lines: Sequence[Line], left: float, diff: bool, log: bool) -
         ax.set_ylim(low - room, high + room)
 
 
-def _label_ends(ax: Any, lines: Sequence[Line], looks: dict[str, tuple[str, str]]) -> None:
-    """Each curve's name and last value beside its end, kept apart where they would overlap."""
-    transform = ax.transData
+def _label_ends(ax: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
+    """Name and last value (name, colour, x, y) beside the end of each curve, kept apart where they would overlap."""
     height = ax.get_window_extent().height or 1.0
-    ends = sorted(
-        (
-            (float(transform.transform((x[-1], y[-1]))[1]), curve, float(x[-1]), float(y[-1]))
-            for curve, x, y, _ in lines
-        ),
-        key=lambda e: e[0],
-    )
+    placed = sorted((float(ax.transData.transform((x, y))[1]), name, colour, x, y) for name, colour, x, y in ends)
     below = -np.inf
-    for at, curve, x, y in ends:
-        place = max(at, below + 0.042 * height)
-        below = place
+    signed = ax.get_ylim()[0] < 0
+    for at, name, colour, x, y in placed:
+        below = max(at, below + 0.042 * height)
         ax.annotate(
-            f"{curve.name}  {y:+.4f}" if ax.get_ylim()[0] < 0 else f"{curve.name}  {y:.4f}",
-            (x, y), xytext=(8, (place - at) * 72 / ax.figure.dpi), textcoords="offset points",
-            color=looks[str(curve.path)][0], fontsize=9, va="center", annotation_clip=False,
+            f"{name}  {y:+.4f}" if signed else f"{name}  {y:.4f}",
+            (x, y), xytext=(8, (below - at) * 72 / ax.figure.dpi), textcoords="offset points",
+            color=colour, fontsize=9, va="center", annotation_clip=False,
         )  # fmt: skip
 
 

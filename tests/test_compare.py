@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import Command
+from scipy import stats
 
 from lmplay import compare, plots
 from lmplay.errors import LmplayError
@@ -27,7 +28,7 @@ def fake_run(
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(record))
     tokens = np.arange(1, points + 1) * every
-    loss = 8 * (tokens / 1000) ** -0.1 + shift
+    loss = 8 * (np.maximum(tokens, 1) / 1000) ** -0.1 + shift
     frame = pd.DataFrame(
         {"step": tokens // 100, "tokens": tokens, "flops": tokens * 1e6, "seconds": tokens / 500.0,
          "loss": loss, "bpb": loss / 2, "accuracy": 0.5 - loss / 20}
@@ -135,6 +136,7 @@ def test_runs_of_different_plans_are_kept_apart(command: Command, tmp_path: Path
     fake_run(tmp_path / "gpt_out", "gpt2ish", "laptop", 0.0)
     fake_run(tmp_path / "gpt_out", "ue", "laptop", 0.1)
     fake_run(tmp_path / "gpt_out", "ue", "smoke", 0.0)
+    fake_run(tmp_path / "gpt_out", "begun", "smoke", 0.0, points=1, every=0)
     done = command("lmp_plotstats", "--out", "f", "--x", "flops", "--plot-train", "--plot-raw", "--theme", "dark")
     assert done.returncode == 0, done.stderr
     assert "cannot be compared" in done.stdout
@@ -161,6 +163,41 @@ def test_every_curve_has_a_look_of_its_own(tmp_path: Path) -> None:
         fake_run(tmp_path, f"v{i}", "p", 0.0)
     fake_run(tmp_path, "v0", "p", 0.0, seed=1)
     curves, _ = compare.collect([tmp_path], "validate", 20)
-    looks = plots.colours(curves, None)
-    assert len(set(looks.values())) == len(curves)
-    assert {looks[str(c.path)][0] for c in curves if c.variant == "v0"} == {plots.COLOURS[0]}
+    looks = plots.looks_of(curves, None)
+    assert len(set(looks.values())) == len(looks) == 9, "a look a family: seeds share theirs"
+    assert plots.looks_of(curves, curves[3])[curves[3].family] == (plots.GREY, "-")
+
+
+def test_bands_are_students_and_one_seed_has_none() -> None:
+    random = np.random.default_rng(0)
+    x = np.arange(1.0, 6)
+    ys = random.normal(3, 0.1, (4, 5))
+    found = compare.band([(x, y) for y in ys])
+    assert found is not None
+    for i in range(5):
+        low, high = stats.t.interval(0.95, 3, loc=ys[:, i].mean(), scale=stats.sem(ys[:, i]))
+        assert (found.mean[i] - found.half[i], found.mean[i] + found.half[i]) == pytest.approx((low, high))
+    assert compare.band([(x, ys[0])]) is None
+    assert compare.band([(x, ys[0]), (x + 10, ys[1])]) is None, "they do not overlap"
+
+
+def test_the_null_band_holds_95_percent_of_the_differences_of_two_seeds() -> None:
+    random = np.random.default_rng(1)
+    x = np.arange(2000.0)
+    seeds = random.normal(3, 0.1, (5, len(x)))  # each point is an experiment of its own
+    found = compare.null_band([(x, y) for y in seeds])
+    assert found is not None
+    two = random.normal(3, 0.1, (2, len(x)))
+    assert np.mean(np.abs(two[0] - two[1]) <= found.half) == pytest.approx(0.95, abs=0.015)
+
+
+def test_runs_of_edited_code_are_no_seeds_of_each_other(tmp_path: Path) -> None:
+    for seed, code in ((0, "aaaaaaaa"), (1, "aaaaaaaa"), (2, "bbbbbbbb")):
+        record = json.loads((fake_run(tmp_path, "ue", "p", 0.0, seed=seed) / "run.json").read_text())
+        record["identity"]["experiment"] = code
+        (tmp_path / "p" / f"ue-s{seed}" / "run.json").write_text(json.dumps(record))
+    curves, _ = compare.collect([tmp_path], "validate", 20)
+    found = compare.families(curves)
+    assert {name: sorted(str(c.seed) for c in seeds) for name, seeds in found.items()} == {
+        "ue (aaaaaa)": ["0", "1"], "ue (bbbbbb)": ["2"],
+    }  # fmt: skip
