@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +16,11 @@ TRAIN = (*AXES, "loss", "bpb", "accuracy", "lr", "grad_norm", "tokens_per_second
 VALIDATE = (*AXES, "loss", "bpb", "accuracy")
 
 
-class Curve:
-    """One CSV file. Extra columns are fixed by the first row."""
+class Lines:
+    """A file that grows by whole lines, and can be cut back to what a checkpoint knows of."""
 
-    def __init__(self, path: Path, columns: tuple[str, ...]):
-        self.path, self.columns = path, list(columns)
+    def __init__(self, path: Path):
+        self.path = path
 
     @property
     def size(self) -> int:
@@ -36,17 +37,47 @@ class Curve:
             raise LmplayError(f"{self.path}: rows are missing that the checkpoint knows of; --fresh starts anew")
         if self.size > size:
             os.truncate(self.path, size)
-        if self.size:
-            with open(self.path, encoding="utf-8") as file:
-                header = file.readline().strip()
-            if header:
-                self.columns = header.split(",")
 
     def sync(self) -> None:
         """Put what was written on the disk."""
         if self.path.exists():
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
+
+    def write(self, text: str) -> None:
+        """Append whole lines.
+
+        Raises:
+            LmplayError: the disk refuses.
+        """
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as e:
+            raise LmplayError(f"{self.path}: it could not be written: {e.strerror}") from e
+
+
+class Samples(Lines):
+    """Texts that the model wrote at its validations, as JSON lines."""
+
+    def append(self, tokens: int, text: str) -> None:
+        self.write(json.dumps({"tokens": tokens, "text": text}) + "\n")
+
+
+class Curve(Lines):
+    """One CSV file. Extra columns are fixed by the first row."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...]):
+        super().__init__(path)
+        self.columns = list(columns)
+
+    def cut(self, size: int) -> None:
+        super().cut(size)
+        if self.size:
+            with open(self.path, encoding="utf-8") as file:
+                header = file.readline().strip()
+            if header:
+                self.columns = header.split(",")
 
     def append(self, row: Mapping[str, float]) -> None:
         """Write one row, whole.
@@ -64,8 +95,4 @@ class Curve:
             )
         # repr of a float is the shortest text that reads back as the same number.
         text = ",".join(repr(row[c]) for c in self.columns) + "\n"
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(",".join(self.columns) + "\n" + text if new else text)
-        except OSError as e:
-            raise LmplayError(f"{self.path}: the curve could not be written: {e.strerror}") from e
+        self.write(",".join(self.columns) + "\n" + text if new else text)

@@ -28,7 +28,7 @@ from .plan import Plan, Step
 from .report import Report
 from .restore import Restored
 from .runs import RunFolder
-from .stats import TRAIN, VALIDATE, Curve
+from .stats import TRAIN, VALIDATE, Curve, Samples
 
 LN2 = math.log(2)
 FP16_SCALE = 2.0**16  # what the loss is multiplied with in fp16, so that small gradients do not vanish
@@ -110,6 +110,7 @@ class Trainer:
         self.mini_batch_size = 1
         self.train_curve = Curve(run.path / "train.csv", TRAIN)
         self.validate_curve = Curve(run.path / "validate.csv", VALIDATE)
+        self.samples = Samples(run.path / "samples.jsonl")
         self.place = Place()
         self.rates: deque[float] = deque(maxlen=20)  # tokens per second of the last steps
         self.stop_signal: int | None = None
@@ -301,6 +302,7 @@ class Trainer:
         self.place.validated_at = self.place.tokens
         row = {**self._axes(), **self._quality(loss, correct, n, size)}
         self.validate_curve.append(row)
+        self.samples.append(self.place.tokens, sample)
         self.report.validated(row, sample)
 
     def sample(self, new_tokens: int = 40) -> str:
@@ -406,8 +408,9 @@ class Trainer:
         """Write a checkpoint of everything that a resume needs, unless this very place is saved."""
         if self.place == self.saved_place:
             return
-        self.train_curve.sync()
-        self.validate_curve.sync()
+        written = {"train": self.train_curve, "validate": self.validate_curve, "samples": self.samples}
+        for lines in written.values():
+            lines.sync()
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -418,8 +421,7 @@ class Trainer:
         }
         state = {
             "place": asdict(self.place),
-            "train_bytes": self.train_curve.size,
-            "validate_bytes": self.validate_curve.size,
+            **{f"{name}_bytes": lines.size for name, lines in written.items()},
             "loss_scale": self.loss_scale,
         }
         path = checkpoint.save(self.run.checkpoints, self.place.step, tensors, state, self.options.keep)
@@ -436,6 +438,7 @@ class Trainer:
         if found is None:
             self.train_curve.cut(0)
             self.validate_curve.cut(0)
+            self.samples.cut(0)
             if self.start.initial is not None:
                 initial.adopt(self.runner, self.model, self.start.initial, self.report.note)
                 self.start = replace(self.start, initial=None)  # its memory is not needed any more
@@ -452,6 +455,7 @@ class Trainer:
         self.loss_scale = found.state["loss_scale"]
         self.train_curve.cut(found.state["train_bytes"])
         self.validate_curve.cut(found.state["validate_bytes"])
+        self.samples.cut(found.state.get("samples_bytes", 0))  # older runs kept none
         self.last_checkpoint = str(found.path)
         self.saved_place = replace(self.place)
         return True
