@@ -36,6 +36,7 @@ setup(
     },
     package_data={
         "lmplay": ["py.typed"],
+        "lmplay.page": ["page.html", "page.css", "page.js"],
         "lmplay.shipped.experiments": ["*.py"],
         "lmplay.shipped.training_plans": ["*.json"],
     },
@@ -60,9 +61,14 @@ setup(
         "export": ["transformers", "gguf", "accelerate"],
         # lmp_trial: choosing learning rates, and sharing work between processes and machines.
         "trial": ["optuna"],
+        # lmp_plotstats --html and --serve.
+        "page": ["plotly"],
+        # lmp_trainer --log.
+        "log": ["wandb", "trackio", "tensorboard"],
         # Real order events to train on, and the reader of ITCH 5.0 files.
         "market": ["ob-analytics", "itchfeed"],
         "dev": [
+            "playwright",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

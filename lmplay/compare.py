@@ -117,14 +117,14 @@ def _own_curve(path: Path) -> Curve:
         identity = run["identity"]
         return Curve(
             path.parent.name,
-            run["plan_name"],
-            identity["plan"],
-            run.get("label", identity["variant"]),
+            str(run["plan_name"]),
+            str(identity["plan"]),
+            str(run.get("label", identity["variant"])),
             path,
             read_curve(path),
             run,
         )
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise LmplayError(f"{path.parent}: its run.json cannot be read: {e}") from e
 
 
@@ -240,7 +240,12 @@ class Band:
 
 
 def band(lines: Sequence[tuple[np.ndarray, np.ndarray]], coverage: float = COVERAGE) -> Band | None:
-    """The mean of curves (x, y) and its interval at each point; None for one seed, or where they do not overlap."""
+    """The mean of curves (x, y) and its interval at each point; None for one seed, or where they do not overlap.
+
+    A seed that has not come half as far as the furthest is left out: a run that has just begun would end it there.
+    """
+    furthest = max((x[-1] for x, _ in lines), default=0.0)
+    lines = [(x, y) for x, y in lines if x[-1] >= furthest / 2]
     grid = common_grid([x for x, _ in lines]) if len(lines) > 1 else np.empty(0)
     if not len(grid):
         return None

@@ -12,23 +12,12 @@ import numpy as np
 
 from .compare import AXES, Band, Curve, band, difference, families, null_band, series, smooth
 from .errors import LmplayError
+from .palette import COLOURS, GREY, LABELS
 
-# Okabe & Ito's palette, told apart with every common colour blindness; reordered for contrast.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
-GREY = "#8a8a8a"
 THEMES = {
     "light": {"ground": "#ffffff", "text": "#222222", "grid": "#e3e3e3"},
     "dark": {"ground": "#16181d", "text": "#e6e6e6", "grid": "#33363d"},
-}
-LABELS = {
-    "loss": "loss (nats per token)",
-    "bpb": "bits per byte",
-    "accuracy": "token accuracy",
-    "tokens": "training tokens",
-    "steps": "optimizer steps",
-    "flops": "training FLOPs",
-    "seconds": "training seconds",
 }
 
 

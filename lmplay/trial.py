@@ -296,7 +296,9 @@ def report(design: Design, results: Results) -> dict[str, Any]:
         fields = {k: _number(v) for k, v in asdict(verdict).items()}
         arms[arm] = {
             **fields, "tuned": design.tuned, "lr_factor": factors.get(arm, 1.0),
-            **_beside(design, both), "controls": control_differences(design, results, factors, arm),
+            **_beside(design, both), "gains": [b.loss - m.loss for m, b in both],
+            "flops": float(np.median([b.flops for _, b in both])),
+            "controls": control_differences(design, results, factors, arm),
         }  # fmt: skip
     null = [a.loss - b.loss for a, b in zip(base[::2], base[1::2], strict=False)]
     return {
@@ -337,6 +339,34 @@ def _beside(design: Design, both: Sequence[tuple[Result, Result]]) -> dict[str, 
         "seconds_ratio": ratio / per_token["seconds"] if ratio else None,
         "flops_ratio": ratio / per_token["flops"] if ratio else None,
     }  # fmt: skip
+
+
+def over_sizes(told: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By arm, a line through the gains of all pairs of several sizes over the logarithm of the baseline's FLOPs: does
+    the gain shrink as models grow?
+
+    Least squares, with Student's interval of the slope at the trials' level; a gain's slope is in nats per doubling.
+    """
+    from scipy import stats
+
+    fits: dict[str, dict[str, Any]] = {}
+    for arm in told[0]["design"]["arms"]:
+        sizes = [t["arms"][arm] for t in told if arm in t["arms"]]
+        x = np.array([np.log2(s["flops"]) for s in sizes for _ in s["gains"]])
+        y = np.array([g for s in sizes for g in s["gains"]])
+        points = [(s["flops"], float(np.mean(s["gains"]))) for s in sizes]
+        if len(x) < 3 or np.ptp(x) == 0:
+            fits[arm] = {"slope": None, "interval": [None, None], "points": points, "sentence": "too few sizes to fit"}
+            continue
+        line = stats.linregress(x, y)
+        half = float(stats.t.ppf(1 - told[0]["design"]["level"] / 2, len(x) - 2)) * line.stderr
+        low, high = line.slope - half, line.slope + half
+        word = "shrinks" if high < 0 else "grows" if low > 0 else "is not shown to shrink or grow"
+        fits[arm] = {
+            "slope": float(line.slope), "interval": [float(low), float(high)], "points": points,
+            "sentence": f"the gain {word}: {line.slope:+.4f} nats for twice the compute ({low:+.4f} to {high:+.4f})",
+        }  # fmt: skip
+    return fits
 
 
 def sensitivity(design: Design, results: Results) -> dict[str, list[tuple[float, float, float | None]]]:

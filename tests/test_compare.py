@@ -178,7 +178,10 @@ def test_bands_are_students_and_one_seed_has_none() -> None:
         low, high = stats.t.interval(0.95, 3, loc=ys[:, i].mean(), scale=stats.sem(ys[:, i]))
         assert (found.mean[i] - found.half[i], found.mean[i] + found.half[i]) == pytest.approx((low, high))
     assert compare.band([(x, ys[0])]) is None
-    assert compare.band([(x, ys[0]), (x + 10, ys[1])]) is None, "they do not overlap"
+    assert compare.band([(x, ys[0]), (x + 4.5, ys[1])]) is None, "they do not overlap"
+    begun = compare.band([*((x, y) for y in ys), (x[:2], ys[0, :2])])
+    assert begun is not None
+    assert begun.x.tolist() == x.tolist(), "a run that has just begun does not end the others' band"
 
 
 def test_the_null_band_holds_95_percent_of_the_differences_of_two_seeds() -> None:

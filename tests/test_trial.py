@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Command, write_plan
+from statsmodels.api import OLS, add_constant
 
 from lmplay import board, trial
 from lmplay.errors import LmplayError
@@ -112,6 +113,21 @@ def test_a_rate_that_only_looks_good_in_short_runs_is_not_taken() -> None:
             results[u.key] = Result(loss, loss / 2, [1], [loss], 1.0, 1.0, "f")
     assert units == 1.0
     assert sum(u.endswith("x1") for u in results) == trial.KEPT[1]
+
+
+def test_gains_over_sizes_are_fitted_as_statsmodels_does() -> None:
+    random = np.random.default_rng(0)
+    told = []
+    for flops in (1e9, 4e9, 16e9):
+        gains = (0.1 - 0.02 * np.log2(flops / 1e9) + random.normal(0, 0.005, 9)).tolist()
+        told.append({"design": {"arms": ["good"], "level": 0.01}, "arms": {"good": {"flops": flops, "gains": gains}}})
+    found = trial.over_sizes(told)["good"]
+    x = np.log2(np.repeat([1e9, 4e9, 16e9], 9))
+    theirs = OLS(np.concatenate([t["arms"]["good"]["gains"] for t in told]), add_constant(x)).fit()
+    assert found["slope"] == pytest.approx(theirs.params[1])
+    assert found["interval"] == pytest.approx(theirs.conf_int(0.01)[1].tolist())
+    assert "shrinks" in found["sentence"]
+    assert trial.over_sizes(told[:1])["good"]["slope"] is None
 
 
 def test_a_control_that_is_better_takes_the_verdict_away() -> None:
@@ -236,6 +252,21 @@ def test_a_trial_says_its_verdict_and_the_same_command_says_it_again(command: Co
     other = command("lmp_trial", *TRIAL, "--smallest-effect", "0.5")
     assert other.returncode == 1
     assert "fixed before the first run" in other.stderr
+
+
+def test_several_sizes_are_a_trial_each_and_a_fit(command: Command, tmp_path: Path) -> None:
+    tiny_plan(tmp_path)
+    done = command("lmp_trial", *TRIAL, "--max-seeds", "2", "--sizes", "0.5,1")
+    assert done.returncode == 0, done.stderr
+    assert "value_norm over sizes: the gain" in done.stdout
+    folders = sorted(p.name for p in (tmp_path / "gpt_out" / "trials").iterdir())
+    assert folders == [f"tiny-value_norm-against-gpt2ish{x}" for x in ("", "-x0.5", "-x1")]
+    whole = json.loads((tmp_path / "gpt_out" / "trials" / folders[0] / "sizes.json").read_text())
+    (small, _), (large, _) = whole["fits"]["value_norm"]["points"]
+    assert small < large
+    wrong = command("lmp_trial", *TRIAL, "--sizes", "0.01,1")
+    assert wrong.returncode == 1
+    assert "--sizes 0.01" in wrong.stderr
 
 
 def test_a_killed_worker_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 EPILOG = """Figures go to --out: log_loss, log_accuracy, log_bpb, and log_diff_* against the baseline,
 which is the run of gpt2ish in the same plan, or the run that --target names. Runs of different plans
-cannot be compared; they are drawn in folders of their own, named after the plan."""
+cannot be compared; they are drawn in folders of their own, named after the plan.
+--html and --serve make a page to look at instead: curves, verdicts, learning rates, texts."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,9 +42,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="begin x at this share of the shortest run",
     )
-    p.add_argument("--max-files", type=int, default=20, metavar="N", help="the newest N runs (20)")
+    p.add_argument("--max-files", type=int, metavar="N", help="the newest N runs (20; 200 on a page)")
     p.add_argument("--plot-raw", action="store_true", help="unsmoothed curves, faint, behind the smoothed ones")
     p.add_argument("--theme", choices=("light", "dark"), default="light")
+    page = p.add_mutually_exclusive_group()
+    page.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page instead of figures")
+    page.add_argument("--serve", action="store_true", help="show the page, and keep it fresh, until Ctrl-C")
+    p.add_argument("--host", default="127.0.0.1", help="for --serve (127.0.0.1: this machine alone)")
+    p.add_argument("--port", type=int, default=8088, help="for --serve (8088)")
     return p
 
 
@@ -54,12 +61,16 @@ def main(argv: list[str] | None = None) -> int:
 def command(args: argparse.Namespace) -> int:
     import pandas as pd
 
+    if args.max_files is None:
+        args.max_files = 200 if args.html or args.serve else 20
+    if args.max_files < 1 or not 0 <= args.min_show < 1:
+        raise LmplayError("--max-files must be 1 or more, --min-show in [0, 1)")
+    if args.html or args.serve:
+        return make_page(args)
     from ..compare import METRICS, baseline_of, by_arena, collect, final_table, partners, seeds_note
     from ..plots import Style, draw
     from ..report import make_console
 
-    if args.max_files < 1 or not 0 <= args.min_show < 1:
-        raise LmplayError("--max-files must be 1 or more, --min-show in [0, 1)")
     console = make_console()
     kind = "train" if args.plot_train else "validate"
     curves, left_out = collect(args.folders or [Path("gpt_out")], kind, args.max_files)
@@ -82,7 +93,7 @@ def command(args: argparse.Namespace) -> int:
         folder = args.out
         if len(groups) > 1:
             twice = sum(p == plan for p, _ in groups) > 1
-            folder = args.out / (f"{plan}-{fingerprint}" if twice else plan)
+            folder = args.out / safe_name(f"{plan}-{fingerprint}" if twice else plan)
         window = args.average_count or (200 if args.plot_train else 1)
         title = "training" if args.plot_train else "validation"
         style = Style(args.x, window, args.min_show, args.plot_raw, args.theme, title)
@@ -109,6 +120,38 @@ def command(args: argparse.Namespace) -> int:
     table_path = args.out / "final.csv"
     pd.concat(tables).to_csv(table_path, index=False)
     print(table_path)
+    return 0
+
+
+def safe_name(text: str) -> str:
+    """A plan's name as a folder's: a run.json may say anything, and nothing of it leads out of --out."""
+    return re.sub(r"[^\w.=+-]", "_", text).replace("..", "__")
+
+
+def make_page(args: argparse.Namespace) -> int:
+    """--html and --serve."""
+    from ..page.gather import gather
+    from ..page.serve import Source, server
+    from ..page.write import page, write
+
+    folders = args.folders or [Path("gpt_out")]
+    content, left_out = gather(folders, args.max_files, args.target)
+    for line in left_out:
+        print(line)
+    if args.html:
+        if not content["arenas"] and not content["trials"]:
+            raise LmplayError("no runs with curves were found; lmp_trainer makes them")
+        write(args.html, content)
+        print(args.html)
+        return 0
+    page(content)  # what is missing is said before the server begins
+    with server(Source(lambda: gather(folders, args.max_files, args.target)[0]), args.host, args.port) as found:
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"http://{host}:{found.server_address[1]}/ (Ctrl-C stops)", flush=True)
+        try:
+            found.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped")
     return 0
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--level", type=float, default=0.01, help="how often a verdict may be wrong (.01)")
     p.add_argument("--lr", choices=("tuned", "fixed"), default="tuned", help="tune each arm's rate first, or not")
     p.add_argument("--controls", default="", metavar="LIST", help="of params,flops,seconds: matched baselines")
+    p.add_argument("--sizes", type=sizes, default=(), metavar="LIST", help="widths, as 0.5,1,2: does the gain shrink?")
     p.add_argument("--workers", type=positive_int, default=1, metavar="N", help="processes on this machine (1)")
     p.add_argument("--storage", metavar="PATH|URL", help="a journal file on a shared disk, redis://, or a database")
     p.add_argument("--name", help="the trial's name (from the plan and the ideas)")
@@ -57,6 +58,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--amp", action="store_true", help="bf16 or fp16 where the hardware has it")
     p.add_argument("--out", type=Path, default=Path("gpt_out"), help="where runs and trials lie (gpt_out)")
     return p
+
+
+def sizes(text: str) -> tuple[float, ...]:
+    """Factors on the model's width, growing, each once."""
+    try:
+        found = tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text}: write numbers as 0.5,1,2") from e
+    if len(found) < 2 or not all(0 < f < 100 for f in found):
+        raise argparse.ArgumentTypeError(f"{text}: two sizes or more, above 0")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,27 +85,39 @@ def command(args: argparse.Namespace, given: list[str]) -> int:
 
     from ..board import Board, open_storage
     from ..report import make_console
+    from ..trial import over_sizes
 
     console = make_console()
     threads = max(1, torch.get_num_threads() // args.workers)
     torch.set_num_threads(threads)
-    jobs, design = _design(args, memory, console)
-    name = args.name or "-".join([design.plan, *design.arms, "against", design.against])
-    folder = args.out / "trials" / name
-    journal = folder / "journal.log"
-    if args.status and not args.storage and not journal.exists():
-        raise LmplayError(f"there is no trial {name} in {args.out}; --name says which")
-    board = Board(open_storage(args.storage or str(journal)), name, design, create=not args.status)
+    parts = []
+    for size in args.sizes or (1.0,):
+        jobs, design = _design(args, size, memory, console)
+        name = args.name or "-".join([design.plan, *design.arms, "against", design.against])
+        whole = args.out / "trials" / name
+        name += f"-x{size:g}" if args.sizes else ""
+        folder = args.out / "trials" / name
+        journal = folder / "journal.log"
+        if args.status and not args.storage and not journal.exists():
+            raise LmplayError(f"there is no trial {name} in {args.out}; --name says which")
+        board = Board(open_storage(args.storage or str(journal)), name, design, create=not args.status)
+        parts.append(Part(board, design, jobs, folder))
     if args.status:
-        return _status(board, design, console)
-    _write(folder / "design.json", board.study.user_attrs["design"])
-    if design.max_pairs < fewest(design.level, len(design.arms)):
-        least = fewest(design.level, len(design.arms))
+        for part in parts:
+            _status(part, console)
+        return 0
+    for part in parts:
+        _write(part.folder / "design.json", part.board.study.user_attrs["design"])
+    least = fewest(design.level, len(design.arms))
+    if design.max_pairs < least:
         console.print(f"fewer than {least} pairs cannot show that anything is REAL: --max-seeds", highlight=False)
     helpers = [_start(given, threads) for _ in range(1, args.workers)]
     status = 1  # an exception leaves it so
     try:
-        status = _work(board, design, jobs, console)
+        for part in parts:
+            status = _work(part, console)
+            if status:
+                break
     finally:
         for helper in helpers:
             if status:
@@ -102,7 +126,12 @@ def command(args: argparse.Namespace, given: list[str]) -> int:
                 console.print(f"a worker ended with status {helper.returncode}", highlight=False)
     if status:
         return status
-    _tell(board, design, folder, console)
+    told = [_tell(part, console) for part in parts]
+    if args.sizes:
+        fits = over_sizes(told)
+        _write(whole / "sizes.json", {"sizes": args.sizes, "fits": fits})
+        for arm, fit in fits.items():
+            console.print(f"{arm} over sizes: {fit['sentence']}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -123,8 +152,8 @@ def _write(path: Path, content: Any) -> None:
 # ---------------------------------------------------------------- the design
 
 
-def _design(args: argparse.Namespace, memory: str, console: Console) -> tuple[dict[str, Job], Design]:
-    """A job to each arm and the baseline, and what is fixed before the first run.
+def _design(args: argparse.Namespace, size: float, memory: str, console: Console) -> tuple[dict[str, Job], Design]:
+    """A job to each arm and the baseline, and what is fixed before the first run. `size` is a factor on the width.
 
     Raises:
         LmplayError: a name is unknown, an idea is its own baseline, a plan has several steps or a budget in time.
@@ -156,6 +185,8 @@ def _design(args: argparse.Namespace, memory: str, console: Console) -> tuple[di
         raise LmplayError(
             f"{path}: a trial needs a plan of one step with a budget in tokens or steps; --tokens gives one"
         )
+    if size != 1:
+        plan = resized(plan, size, path)
     experiments = [load(*find(name)) for name in args.exp]
     against = load(*find(args.against or experiments[0].source.baseline))
     names = [e.variant for e in experiments]
@@ -185,14 +216,43 @@ def _design(args: argparse.Namespace, memory: str, console: Console) -> tuple[di
     return jobs, design
 
 
+def resized(plan: Any, size: float, path: Path) -> Any:
+    """The plan with a model `size` times as wide; heads stay as many, and of an even width.
+
+    Raises:
+        LmplayError: the plan leaves the width to the experiment, or it would be none.
+    """
+    if not plan.model.embed_dim or not plan.model.num_heads:
+        raise LmplayError(f"{path}: --sizes needs embed_dim and num_heads in the plan's model")
+    unit = 2 * plan.model.num_heads
+    width = round(plan.model.embed_dim * size / unit) * unit
+    if not width:
+        raise LmplayError(f"--sizes {size:g}: {path} has a width of {plan.model.embed_dim} in heads of even width")
+    return plan.model_copy(update={"model": plan.model.model_copy(update={"embed_dim": width})})
+
+
 # ---------------------------------------------------------------- working
 
 
-def _work(board: Board, design: Design, jobs: dict[str, Job], console: Console) -> int:
-    """Claim and run units until the trial is over; the exit status of an interrupt, or 0."""
-    from ..trainer import Stopped
-    from ..trial import needed
+@dataclass(frozen=True)
+class Part:
+    """A trial at one size."""
 
+    board: Board
+    design: Design
+    jobs: dict[str, Job]
+    folder: Path
+
+
+def _work(part: Part, console: Console) -> int:
+    """Claim and run units until the trial is over; the exit status of an interrupt, or 0.
+
+    The report is written anew after every run, so that a page shows how far it is.
+    """
+    from ..trainer import Stopped
+    from ..trial import needed, report
+
+    board, design, jobs = part.board, part.design, part.jobs
     owner = f"{socket.gethostname()} {os.getpid()}"
     while units := needed(design, board.results()):
         board.offer(units)
@@ -218,6 +278,7 @@ def _work(board: Board, design: Design, jobs: dict[str, Job], console: Console) 
             board.give_up(number)
             raise
         board.done(number, result)
+        _write(part.folder / "trial.json", report(design, board.results()))
     return 0
 
 
@@ -290,10 +351,11 @@ def scaled(plan: Any, unit: Unit, tokens: int) -> Any:
 # ---------------------------------------------------------------- telling
 
 
-def _status(board: Board, design: Design, console: Console) -> int:
+def _status(part: Part, console: Console) -> None:
     """What runs where, what waits, and the verdicts so far."""
     from ..trial import report
 
+    board, design = part.board, part.design
     rows = board.status()
     for unit, state, owner in rows:
         if state != "done":
@@ -301,17 +363,17 @@ def _status(board: Board, design: Design, console: Console) -> int:
     done = sum(state == "done" for _, state, _ in rows)
     console.print(f"{done} runs done, {len(rows) - done} on the board", highlight=False)
     _show(report(design, board.results()), console)
-    return 0
 
 
-def _tell(board: Board, design: Design, folder: Path, console: Console) -> None:
+def _tell(part: Part, console: Console) -> dict[str, Any]:
     """Write the trial's report and say the verdicts."""
     from ..trial import report
 
-    told = report(design, board.results())
-    _write(folder / "trial.json", told)
+    told = report(part.design, part.board.results())
+    _write(part.folder / "trial.json", told)
     _show(told, console)
-    console.print(f"kept in {folder / 'trial.json'}", highlight=False, soft_wrap=True)
+    console.print(f"kept in {part.folder / 'trial.json'}", highlight=False, soft_wrap=True)
+    return told
 
 
 def _show(told: dict[str, Any], console: Console) -> None:
