@@ -24,6 +24,7 @@ METRICS = ("loss", "bpb", "accuracy")
 ANCESTOR_SUFFIXES = {"train": "_train_stats.csv", "validate": "_validate_stats.csv"}
 GRID = 400  # points of a common grid
 COVERAGE = 0.95  # of the bands
+TRIALS = "trial-"  # how the folders of a trial's runs begin, each of whose pairs reads its data in another order
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _buffer(text: str) -> Any:
 
 
 def collect(folders: Sequence[Path], kind: str, max_files: int) -> tuple[list[Curve], list[str]]:
-    """The curves of every run below the folders, ours and the ancestor's `*_stats.csv`.
+    """The curves of every run below the folders, ours and the ancestor's `*_stats.csv`, but for those of trials.
 
     Args:
         kind: "train" or "validate".
@@ -97,7 +98,11 @@ def collect(folders: Sequence[Path], kind: str, max_files: int) -> tuple[list[Cu
             paths.append(folder)
             continue
         paths += [
-            p for p in folder.rglob(f"{kind}.csv") if (p.parent / "run.json").exists() and "~" not in p.parent.name
+            p
+            for p in folder.rglob(f"{kind}.csv")
+            if (p.parent / "run.json").exists()
+            and "~" not in p.parent.name
+            and not p.relative_to(folder).parts[-3:][0].startswith(TRIALS)
         ]
         paths += list(folder.rglob(f"*{ANCESTOR_SUFFIXES[kind]}"))
     paths = sorted(set(paths), key=lambda p: (p.stat().st_mtime, str(p)))
@@ -105,13 +110,18 @@ def collect(folders: Sequence[Path], kind: str, max_files: int) -> tuple[list[Cu
     curves = []
     for path in paths[-max_files:]:
         try:
-            curves.append(_ancestor_curve(path) if path.name.endswith("_stats.csv") else _own_curve(path))
+            curves.append(_ancestor_curve(path) if path.name.endswith("_stats.csv") else own_curve(path))
         except LmplayError as e:
             left_out.append(str(e))
     return curves, left_out
 
 
-def _own_curve(path: Path) -> Curve:
+def own_curve(path: Path) -> Curve:
+    """The curve of one of our runs.
+
+    Raises:
+        LmplayError: it, or the run.json beside it, cannot be read.
+    """
     try:
         run = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
         identity = run["identity"]

@@ -298,11 +298,11 @@ def report(design: Design, results: Results) -> dict[str, Any]:
             **fields, "tuned": design.tuned, "lr_factor": factors.get(arm, 1.0),
             **_beside(design, both), "gains": [b.loss - m.loss for m, b in both],
             "flops": float(np.median([b.flops for _, b in both])),
-            "controls": control_differences(design, results, factors, arm),
+            "controls": control_differences(design, results, factors, arm), "runs": [_where(m) for m, _ in both],
         }  # fmt: skip
     null = [a.loss - b.loss for a, b in zip(base[::2], base[1::2], strict=False)]
     return {
-        "design": asdict(design), "pairs": done, "arms": arms,
+        "design": asdict(design), "pairs": done, "arms": arms, "runs": [_where(r) for r in base],
         "null": {"differences": null, "band": list(_finite(t_interval(null)))},
         "sensitivity": sensitivity(design, results),
         "cost": {"runs": len(results), "hours": sum(r.seconds for r in results.values()) / 3600},
@@ -339,6 +339,11 @@ def _beside(design: Design, both: Sequence[tuple[Result, Result]]) -> dict[str, 
         "seconds_ratio": ratio / per_token["seconds"] if ratio else None,
         "flops_ratio": ratio / per_token["flops"] if ratio else None,
     }  # fmt: skip
+
+
+def _where(result: Result) -> str:
+    """A run's folder below --out."""
+    return "/".join(result.folder.replace("\\", "/").split("/")[-2:])
 
 
 def over_sizes(told: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -53,7 +53,7 @@ def trial(folder: Path, name: str, **changes: Any) -> None:
     told = {
         "design": {"plan": "laptop", "against": "gpt2ish"}, "arms": {"ue": arm | changes}, "null": {}, "over": True,
         "sensitivity": {"gpt2ish": [[0.25, 1.0, 5.0], [0.25, 2.0, 5.1]], "ue": [[0.25, 1.0, 4.9], [0.25, 2.0, None]]},
-        "cost": {"runs": 30, "hours": 0.5}, "pairs": 9,
+        "cost": {"runs": 30, "hours": 0.5}, "pairs": 9, "runs": [TRAVERSAL, "nowhere/at-all"],
     }  # fmt: skip
     (folder / "trials" / name).mkdir(parents=True)
     (folder / "trials" / name / "trial.json").write_text(json.dumps(told))
@@ -100,6 +100,23 @@ def test_everything_is_gathered_and_what_is_not_is_said(runs: Path) -> None:
     assert gather.gather([runs], 200, "ue")[0]["arenas"][0]["baseline"] is not None
     with pytest.raises(LmplayError, match="no such run"):
         gather.gather([runs], 200, "nobody")
+
+
+def test_the_pairs_of_trials_are_one_arena_and_their_other_runs_none(tmp_path: Path) -> None:
+    for seed in range(2):
+        fake_run(tmp_path, "gpt2ish", "trial-laptop-abc", 0.0, seed=seed)
+        fake_run(tmp_path, "ue", "trial-laptop-abc-lr4", -0.1, seed=seed)
+    fake_run(tmp_path, "ue", "trial-laptop-abc-lr8", 0.3, seed=1000)
+    trial(tmp_path, "one", runs=[f"trial-laptop-abc-lr4/ue-s{s}" for s in range(2)])
+    path = tmp_path / "trials" / "one" / "trial.json"
+    runs = [f"trial-laptop-abc/gpt2ish-s{s}" for s in range(2)]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"runs": runs}))
+    content, _ = gather.gather([tmp_path], 200)
+    [arena] = content["arenas"]
+    assert arena["name"] == "trials on laptop against gpt2ish"
+    assert arena["baseline"] == "gpt2ish"
+    found = sorted((r["family"], r["seed"]) for r in arena["runs"])
+    assert found == [("gpt2ish", 0), ("gpt2ish", 1), ("ue (lr × 4)", 0), ("ue (lr × 4)", 1)]
 
 
 def test_long_curves_are_averaged_down_and_keep_their_ends() -> None:

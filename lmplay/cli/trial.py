@@ -287,14 +287,14 @@ def run_unit(unit: Unit, design: Design, jobs: dict[str, Job]) -> Result:
 
     A run that diverges ends at infinity: no learning rate to choose, and an error that names it in a pair.
     """
-    from ..compare import read_curve
+    from ..compare import TRIALS, read_curve
     from ..data.shards import prepare
     from ..job import Run, matched, sized_config
     from ..trial import Result
 
     job = jobs[unit.of or unit.arm]
     plan = scaled(job.plan, unit, design.tokens)
-    name = f"trial-{job.plan_name}-{design.plan_fingerprint[:6]}"  # trials of one arena share their runs
+    name = f"{TRIALS}{job.plan_name}-{design.plan_fingerprint[:6]}"  # trials of one arena share their runs
     name += "" if unit.factor == 1 else f"-lr{unit.factor:g}"
     tokens = None if unit.share == 1 else plan.steps[0].tokens
     request = replace(job.request, seed=unit.seed, tokens=tokens)

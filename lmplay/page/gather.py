@@ -15,14 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from ..compare import AXES, COVERAGE, GRID, METRICS, Curve, baseline_of, by_arena, collect, families
+from ..compare import AXES, COVERAGE, GRID, METRICS, Curve, baseline_of, by_arena, collect, families, own_curve
 from ..palette import COLOURS, GREY, LABELS
 
 POINTS = 400  # of a curve on the page; longer ones are averaged down
 DIGITS = 7  # significant, of every number
 MOST_SEEDS = 60  # beyond it Student's quantile is taken as that of so many
 MOST_TEXT = 2000  # characters of a sample
-TRIAL = ("design", "arms", "null", "sensitivity", "cost", "over", "pairs")
+TRIAL = ("design", "arms", "null", "sensitivity", "cost", "over", "pairs", "runs")
 
 
 def gather(folders: Sequence[Path], max_files: int, target: str | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -38,7 +38,7 @@ def gather(folders: Sequence[Path], max_files: int, target: str | None = None) -
     trials, odd = find_reports(folders, "trial.json", TRIAL)
     sizes, more = find_reports(folders, "sizes.json", ("fits",))
     odd += more
-    arenas: list[dict[str, Any]] = []
+    arenas = trial_arenas(trials)
     for (name, fingerprint), curves in by_arena(validation).items():
         named = target if target in {n for c in curves for n in (c.name, c.variant)} else None
         baseline = baseline_of(curves, named)
@@ -52,14 +52,14 @@ def gather(folders: Sequence[Path], max_files: int, target: str | None = None) -
                 "changed": max(c.path.stat().st_mtime for c in curves),
             }
         )
-    if target is not None and not any(a["baseline"] and named_in(a, target) for a in arenas):
+    if target is not None and not any(named_in(a, target) for a in arenas):
         baseline_of(validation, target)  # raises, naming the nearest
     arenas.sort(key=lambda a: -a["changed"])
     content = {
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "arenas": arenas,
-        "trials": trials,
-        "sizes": sizes,
+        "trials": [{k: v for k, v in t.items() if k != "path"} for t in trials],
+        "sizes": [{k: v for k, v in s.items() if k != "path"} for s in sizes],
         "quantiles": quantiles(),
         "coverage": COVERAGE,
         "grid": GRID,
@@ -74,6 +74,44 @@ def gather(folders: Sequence[Path], max_files: int, target: str | None = None) -
 
 def named_in(arena: Mapping[str, Any], target: str) -> bool:
     return any(target in (r["name"], r["variant"]) for r in arena["runs"])
+
+
+def trial_arenas(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs of trials with one plan, budget and baseline as one arena: a pair shares its seed and data order, and
+    each idea has the learning rate that was found for it."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for trial in trials:
+        key = tuple(str(trial["design"].get(k)) for k in ("plan", "plan_fingerprint", "against", "precision"))
+        groups.setdefault(key, []).append(trial)
+    arenas = []
+    for (plan, fingerprint, against, _), same in groups.items():
+        runs, changed = {}, 0.0
+        for trial in same:
+            out = trial["path"].parents[2]
+            arms = [(against, trial["runs"]), *((name, arm.get("runs", [])) for name, arm in trial["arms"].items())]
+            for arm, folder in ((arm, f) for arm, folders in arms for f in folders):
+                path = out.joinpath(*safe_parts(folder), "validate.csv")
+                if path in runs or not path.exists():
+                    continue
+                curve = own_curve(path)
+                training = own_curve(path.with_name("train.csv"))
+                rate = path.parent.parent.name.rpartition("-lr")[2] if "-lr" in path.parent.parent.name else "1"
+                family = arm if rate == "1" else f"{arm} (lr × {rate})"
+                runs[path] = one_run(curve, training, family)
+                changed = max(changed, path.stat().st_mtime)
+        if runs:
+            found = list(runs.values())
+            base = next((r["family"] for r in found if r["variant"] == against), None)
+            name = f"trials on {plan} against {against}"
+            arenas.append(
+                {"name": name, "fingerprint": fingerprint, "baseline": base, "runs": found, "changed": changed}
+            )
+    return arenas
+
+
+def safe_parts(folder: str) -> list[str]:
+    """The two last parts of a run's folder as a report names it; nothing of it leads out of the folder of runs."""
+    return [part for part in str(folder).split("/")[-2:] if part not in ("", ".", "..")]
 
 
 def one_run(curve: Curve, training: Curve | None, family: str) -> dict[str, Any]:
@@ -140,7 +178,7 @@ def find_reports(folders: Sequence[Path], file: str, keys: Sequence[str]) -> tup
     for path in sorted(paths, key=lambda p: -p.stat().st_mtime):
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-            found.append({"name": path.parent.name, **{k: told[k] for k in keys}})
+            found.append({"name": path.parent.name, "path": path, **{k: told[k] for k in keys}})
         except (OSError, ValueError, KeyError, TypeError) as e:
             odd.append(f"{path}: this trial cannot be read: {e}")
     return found, odd

@@ -335,7 +335,7 @@ function sensitivity() {
   });
   const made = layout("factor on the plan's learning rates", "loss (nats per token)", { showlegend: true });
   made.xaxis.type = "log"; made.xaxis.tickvals = [1 / 64, 1 / 16, 1 / 4, 1, 4, 16, 64]; made.xaxis.ticktext = ["1/64", "1/16", "1/4", "1", "4", "16", "64"];
-  made.legend = window.innerWidth < 640 ? { orientation: "h", y: -0.3 } : {};
+  made.legend = window.innerWidth < 640 ? { orientation: "h", y: -0.5 } : {};
   Plotly.react($("sensitivity"), traces, made, plotly);
 }
 
