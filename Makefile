@@ -8,7 +8,7 @@ READY := .venv/.ready
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bundled,export,market,trial,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bundled,export,market,trial,page,log,dev]'
 	touch $(READY)
 
 demo: $(READY)

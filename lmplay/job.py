@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__, initial
+from . import __version__, initial, loggers
 from .api import Batch
 from .data.packing import mixtures
 from .data.shards import Prepared
@@ -42,6 +43,7 @@ class Request:
     initial_model: Path | None = None
     freeze: tuple[str, ...] = ()
     train_only: tuple[str, ...] = ()
+    log: str | None = None  # a tracker's name
     command: tuple[str, ...] = ()
     memory: str = ""  # what devices.tune_memory said
 
@@ -190,6 +192,8 @@ class Run:
             LmplayError: the folder is another run's, or cannot be written; the device's memory is too small.
         """
         report, folder = self.job.report, self.folder
+        if self.job.request.log:
+            loggers.check(self.job.request.log)
         new = self.job.request.fresh or not recorded(folder)
         size = sizes(self.job, self.config, self.prepared) if new else {}  # before a folder is made, or memory taken
         try:
@@ -202,6 +206,7 @@ class Run:
             with report:
                 try:
                     trainer = self._begin(known, size)
+                    self._open_logger(trainer.place.step)
                     folder.update(**trainer.prepare(self.job.request.mini_batch_size, known))
                     summary = trainer.train()
                 except torch.OutOfMemoryError as e:
@@ -213,7 +218,24 @@ class Run:
             report.note(f"finished: {folder.path}")
             return summary
         finally:
+            for logger in report.loggers:
+                logger.close()
+            report.loggers.clear()
             folder.close()
+
+    def _open_logger(self, step: int) -> None:
+        """The tracker that was asked for; the run keeps one identity in it, however often it is resumed."""
+        report, asked = self.job.report, self.job.request
+        if asked.log is None:
+            return
+        record = self.folder.read()
+        if "log_id" not in record:
+            self.folder.update(log_id=uuid.uuid4().hex[:12])
+            record = self.folder.read()
+        config = {k: v for k, v in record["identity"].items() if k != "config"} | dict(record["identity"]["config"])
+        logger = loggers.open_logger(asked.log, self.folder.path, self.job.plan_name, record["log_id"], config, step)
+        report.loggers.append(logger)
+        report.note(f"logged to {logger.where}")
 
     def _begin(self, known: dict[str, Any], size: dict[str, Any]) -> Trainer:
         """The trainer, where the run stands; a new run's folder is filled. `known` is run.json, if there is one."""

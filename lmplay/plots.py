@@ -12,6 +12,7 @@ import numpy as np
 
 from .compare import AXES, Band, Curve, band, difference, families, null_band, series, smooth
 from .errors import LmplayError
+from .lr_range import Range
 from .palette import COLOURS, GREY, LABELS
 
 DASHES = ("-", "--", "-.", ":")
@@ -135,6 +136,37 @@ def draw(
         finally:
             plt.close(fig)
     return True
+
+
+def draw_range(path: Path, found: Range, title: str) -> None:
+    """The learning rate range test: the loss against the rate, with the two points that are read off it.
+
+    Raises:
+        LmplayError: the file cannot be written.
+    """
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(8, 4.8), dpi=120, layout="constrained")
+    ax.plot(found.rates, found.losses, color=GREY, lw=0.8, alpha=0.7, label="each step")
+    ax.plot(found.rates, found.smoothed, color=COLOURS[0], lw=2, label="smoothed")
+    for rate, name, colour in ((found.steepest, "steepest", COLOURS[1]), (found.safest, "safest", COLOURS[2])):
+        ax.axvline(rate, color=colour, lw=1.5, ls="--", label=f"{name}: {rate:.2e}")
+    low, high = float(found.smoothed.min()), float(found.smoothed[0])
+    ax.set_ylim(low - 0.1 * (high - low), high + 0.4 * (high - low))  # what blew up would flatten the rest
+    ax.set_xscale("log")
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel(LABELS["loss"])
+    ax.set_title(title, loc="left", fontsize=11)
+    ax.grid(True, lw=0.5, color=THEMES["light"]["grid"])
+    ax.legend(frameon=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path)
+    except (OSError, ValueError) as e:
+        raise LmplayError(f"{path}: the figure could not be written: {e}") from e
+    finally:
+        plt.close(fig)
 
 
 Line = tuple[Curve, np.ndarray, np.ndarray, np.ndarray | None]

@@ -6,9 +6,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+if TYPE_CHECKING:
+    from .loggers import Logger
 
 PLAIN_SECONDS = 10.0  # between plain lines where the output is no terminal
 
@@ -41,6 +45,7 @@ class Report:
         self.console = console or Console()
         self.log_path = log
         self.brief = brief  # notes go to the log alone: one of many runs
+        self.loggers: list[Logger] = []
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._last_plain = 0.0
@@ -77,6 +82,7 @@ class Report:
 
     def step(self, row: Mapping[str, float], progress: float, left: float, memory_mb: float) -> None:
         """One optimizer step is done. `progress` in [0, 1]; `left` seconds of training remain."""
+        self._to_loggers("train", row)
         self._show(
             f"step {row['step']} · {count(row['tokens'])} tokens · loss {row['loss']:.3f}"
             f" · bpb {row['bpb']:.3f} · lr {row['lr']:.2e}",
@@ -98,7 +104,18 @@ class Report:
             text = " · ".join(part for part in (first, second) if part)
             self.console.print(share + text, markup=False, highlight=False, soft_wrap=True)
 
+    def _to_loggers(self, kind: str, row: Mapping[str, float]) -> None:
+        """To the trackers that were asked for; one that fails is told and left, for the run is worth more."""
+        for logger in list(self.loggers):
+            try:
+                logger.row(kind, row)
+            except Exception as e:  # each tracker has errors of its own
+                self.loggers.remove(logger)
+                reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+                self.note(f"{logger.where}: it failed ({reason}); the run goes on without it")
+
     def validated(self, row: Mapping[str, float], sample: str) -> None:
+        self._to_loggers("validate", row)
         self.note(
             f"validation at {count(row['tokens'])} tokens: loss {row['loss']:.4f}, bpb {row['bpb']:.4f}, "
             f"accuracy {row['accuracy']:.2%}"

@@ -39,6 +39,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LMP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TRACKIO_DIR"] = str(tmp_path_factory.mktemp("trackio"))
     os.environ.pop("LMP_EXPERIMENTS", None)
 
 

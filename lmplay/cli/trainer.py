@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..discover import Source, find, list_sources, load
 from ..errors import LmplayError
+from ..loggers import NAMES
 from . import ending
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ EPILOG = """examples:
 
 exit status: 0 done, 1 an error that its line explains, 2 wrong usage, 3 loss or gradient not finite,
 130 stopped by Ctrl-C, 143 stopped by SIGTERM (both saved; the same command goes on)."""
+
+
+RANGE_STEPS = 150  # of --find-lr, where --steps names none
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-dirty", action="store_true", help="refuse to run with uncommitted changes")
     p.add_argument("--check-grads", action="store_true", help="list parameters that get no gradient, and do not train")
     p.add_argument("--profile", action="store_true", help="profile a few steps, and do not train")
+    p.add_argument("--find-lr", action="store_true", help="range test of the learning rate: a picture, and two rates")
+    p.add_argument("--log", choices=NAMES, help="curves for a tracker as well, offline (needs lmplay[log])")
     p.add_argument("--save-minutes", type=float, default=5.0, metavar="M", help="between checkpoints (5); 0: each step")
     p.add_argument("--out", type=Path, default=Path("gpt_out"), metavar="FOLDER", help="where runs are kept (gpt_out)")
     return p
@@ -100,7 +106,7 @@ def command(args: argparse.Namespace) -> int:
     if args.training_plan == "list":
         list_plans(console)
         return 0
-    for other in ("describe", "check_grads", "profile"):
+    for other in ("describe", "check_grads", "profile", "find_lr"):
         for option in ("match", "initial_model") if getattr(args, other) else ():
             if getattr(args, option):
                 names = f"--{other.replace('_', '-')} and --{option.replace('_', '-')}"
@@ -207,6 +213,8 @@ def train(
         return check_grads(run.trainer())
     if args.profile:
         return profile(run.trainer(), args, console)
+    if args.find_lr:
+        return find_lr(run.trainer(), args, report)
     try:
         print_summary(run.train())
     except Stopped as e:
@@ -287,6 +295,41 @@ def profile(trainer: Trainer, args: argparse.Namespace, console: Console) -> int
     trace = args.out / f"profile-{Path(trainer.run.path).name}.json"
     console.print(probe.profile(step, trainer.device, trace))
     print(f"trace: {trace} (open it at chrome://tracing or ui.perfetto.dev)")
+    return 0
+
+
+def find_lr(trainer: Trainer, args: argparse.Namespace, report: Report) -> int:
+    """The range test on the plan's own data and optimizer: a CSV, a picture, the steepest and the safest rate."""
+    import math
+
+    import pandas as pd
+
+    from ..lr_range import range_test
+    from ..plots import draw_range
+
+    trainer.prepare(args.mini_batch_size, {})
+    spec = trainer.plan.optimizer_of(trainer.current)
+
+    def step(index: int, factor: float) -> float:
+        arrays = trainer.streams[0].batch(index, trainer.batch_size)
+        trainer.optimizers.set_factor(factor)
+        sums = trainer.accumulate(arrays)
+        loss, norm = sums["loss"] / max(1, arrays.n_tokens), trainer.optimizers.prepare(trainer.plan.batch.grad_clip, 1)
+        if not math.isfinite(loss) or not math.isfinite(float(norm)):
+            return math.inf
+        trainer.optimizers.step()
+        trainer.optimizers.zero_grad()
+        return loss
+
+    trainer.loss_scale = 1.0
+    with report:
+        found = range_test(step, spec.lr, args.steps or RANGE_STEPS, report.show)
+    stem = args.out / f"find-lr-{trainer.run.path.parent.name}-{trainer.run.path.name}"
+    draw_range(stem.with_name(stem.name + ".png"), found, f"{trainer.run.path.name} on {trainer.run.path.parent.name}")
+    rows = {"lr": found.rates, "loss": found.losses, "smoothed": found.smoothed}
+    pd.DataFrame(rows).to_csv(stem.with_name(stem.name + ".csv"), index=False)
+    print(f"plan_lr: {spec.lr:g}\nsteepest_lr: {found.steepest:.3g}\nsafest_lr: {found.safest:.3g}")
+    print(f"picture: {stem}.png\nvalues: {stem}.csv")
     return 0
 
 

@@ -152,6 +152,11 @@ function layout(x, y, more) {
 
 const plotly = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
 
+// Until plotly is there the rest of the page can be read.
+function plot(where, traces, layout) {
+  if (window.Plotly) Plotly.react(where, traces, layout, plotly);
+}
+
 function area(x, low, high, fill, name) {
   return { x: [...x, ...x.toReversed()], y: [...high, ...low.toReversed()], fill: "toself", fillcolor: fill, mode: "lines",
     line: { width: 0 }, hoverinfo: "skip", name: escaped(name) };
@@ -208,7 +213,7 @@ function draw() {
     made.yaxis.range = [low - room, high + room];
   }
   made.uirevision = [$("arena").value, $("view").value, base, $("metric").value, $("x").value, $("kind").value].join();
-  Plotly.react($("figure"), traces, made, plotly);
+  plot($("figure"), traces, made);
   say(groups, diff, base, null_, windows, unpaired);
   families(ends, look, diff);
   table(diff ? base : $("baseline").value);
@@ -336,7 +341,7 @@ function sensitivity() {
   const made = layout("factor on the plan's learning rates", "loss (nats per token)", { showlegend: true });
   made.xaxis.type = "log"; made.xaxis.tickvals = [1 / 64, 1 / 16, 1 / 4, 1, 4, 16, 64]; made.xaxis.ticktext = ["1/64", "1/16", "1/4", "1", "4", "16", "64"];
   made.legend = window.innerWidth < 640 ? { orientation: "h", y: -0.5 } : {};
-  Plotly.react($("sensitivity"), traces, made, plotly);
+  plot($("sensitivity"), traces, made);
 }
 
 function samples() {
@@ -385,6 +390,16 @@ $("search").addEventListener("input", () => { draw(); samples(); });
 $("controls").addEventListener("submit", (e) => e.preventDefault());
 $("trial").addEventListener("change", sensitivity);
 fill();
+performance.mark("read");
+
+// Plotly takes a second or two to start: only after everything else was painted.
+document.addEventListener("DOMContentLoaded", () => requestAnimationFrame(() => setTimeout(() => {
+  const script = element("script", $("plotly").textContent);
+  document.head.append(script);
+  verdicts();
+  if (content.arenas.length) draw();
+  performance.mark("figure");
+})));
 
 if (content.live) {
   let version = content.version;
