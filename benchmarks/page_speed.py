@@ -2,8 +2,8 @@
 
     python benchmarks/page_speed.py [--runs 100] [--points 10000] [--rounds 5]
 
-Times are from the start of the navigation, by the browser's own clock, to the table and verdicts (table, verdicts, controls) and
-to the drawn figure; medians of the rounds, each in a browser of its own. It needs playwright and a Chromium.
+Times are from the start of the navigation, by the browser's own clock, until table, verdicts and controls can be read,
+and until the figure is drawn; medians of the rounds, each in a browser of its own. It needs playwright and a Chromium.
 """
 
 from __future__ import annotations
