@@ -22,10 +22,11 @@ MOST_PAIRS = 40  # more would take gigabytes to try all signs of
 RESAMPLES = 9999
 
 
-def fewest(level: float = LEVEL, arms: int = 1) -> int:
+def fewest(level: float = LEVEL, arms: int = 1, spent: float = 0.5) -> int:
     """The fewest pairs that can be significant: the smallest p-value, 2 / 2^n, times the arms (Holm), is no more than
-    half of the level, which the first look may spend. Nine for one arm at .01."""
-    return math.ceil(math.log2(4 * arms / level))
+    what a look may spend of the level: a half at the first of several, all of it at an only one. Nine and eight for
+    one arm at .01."""
+    return math.ceil(math.log2(2 * arms / (spent * level)))
 
 
 def looks(max_pairs: int, level: float = LEVEL, arms: int = 1) -> list[int]:

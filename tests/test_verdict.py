@@ -171,3 +171,10 @@ def test_tokens_to_reach_a_loss() -> None:
     assert verdict.tokens_to_reach([0, 10], [3, 2], 1.5) == math.inf
     assert verdict.correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
     assert math.isnan(verdict.correlation([1, 1, 1], [1, 2, 3]))
+
+
+def test_the_fewest_pairs_are_what_can_be_significant() -> None:
+    for n in range(5, 12):
+        word = judge({"a": [-1.0 - 0.01 * i for i in range(n)]}, 0.005, n)["a"].word
+        assert (word == REAL) == (n >= 8), n
+    assert (verdict.fewest(spent=1.0), verdict.fewest()) == (8, 9)

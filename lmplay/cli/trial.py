@@ -108,7 +108,7 @@ def command(args: argparse.Namespace, given: list[str]) -> int:
         return 0
     for part in parts:
         _write(part.folder / "design.json", part.board.study.user_attrs["design"])
-    least = fewest(design.level, len(design.arms))
+    least = fewest(design.level, len(design.arms), spent=1.0)
     if design.max_pairs < least:
         console.print(f"fewer than {least} pairs cannot show that anything is REAL: --max-seeds", highlight=False)
     helpers = [_start(given, threads) for _ in range(1, args.workers)]

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -53,7 +54,10 @@ def server(source: Source, host: str, port: int) -> ThreadingHTTPServer:
             path = self.path.partition("?")[0]
             if path not in ("/", "/data.json"):
                 return self.answer(404, "text/plain", b"there is / and /data.json\n")
-            version, content = source.latest()
+            try:
+                version, content = source.latest()
+            except LmplayError as e:  # the folder is gone, say
+                return self.answer(500, "text/plain; charset=utf-8", f"{e}\n".encode())
             if path == "/":
                 return self.answer(200, "text/html; charset=utf-8", page(content).encode())
             if self.headers.get("If-None-Match") == version:
@@ -73,8 +77,9 @@ def server(source: Source, host: str, port: int) -> ThreadingHTTPServer:
             self.send_header("X-Content-Type-Options", "nosniff")
             if version:
                 self.send_header("ETag", version)
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # who asked has gone
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Nothing: requests are no news."""
