@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ ANCESTOR_SUFFIXES = {"train": "_train_stats.csv", "validate": "_validate_stats.c
 GRID = 400  # points of a common grid
 COVERAGE = 0.95  # of the bands
 TRIALS = "trial-"  # how the folders of a trial's runs begin, each of whose pairs reads its data in another order
+TRIAL_FOLDER = re.compile(TRIALS + r".+-[0-9a-f]{6}(-lr[\d.e+-]+)?")
 
 
 @dataclass(frozen=True)
@@ -80,40 +81,62 @@ def _buffer(text: str) -> Any:
     return io.StringIO(text)
 
 
-def collect(folders: Sequence[Path], kind: str, max_files: int) -> tuple[list[Curve], list[str]]:
+def collect(
+    folders: Sequence[Path], kind: str, max_files: int, read: Callable[[Path], Curve] | None = None
+) -> tuple[list[Curve], list[str]]:
     """The curves of every run below the folders, ours and the ancestor's `*_stats.csv`, but for those of trials.
 
     Args:
         kind: "train" or "validate".
         max_files: the newest so many are kept.
+        read: reads a curve (:func:`any_curve`), say with a memory.
 
     Returns:
         The curves, oldest first, and a line for each that was left out with the reason.
     """
     paths: list[Path] = []
+    of_trials = 0
     for folder in folders:
         if not folder.exists():
             raise LmplayError(f"{folder}: there is no such folder")
         if folder.is_file():
-            paths.append(folder)
+            if folder.name == f"{kind}.csv" or folder.name.endswith(ANCESTOR_SUFFIXES[kind]):
+                paths.append(folder)
             continue
-        paths += [
-            p
-            for p in folder.rglob(f"{kind}.csv")
-            if (p.parent / "run.json").exists()
-            and "~" not in p.parent.name
-            and not p.relative_to(folder).parts[-3:][0].startswith(TRIALS)
-        ]
+        for p in folder.rglob(f"{kind}.csv"):
+            if not (p.parent / "run.json").exists() or "~" in p.parent.name:
+                continue
+            above = p.relative_to(folder).parts[-3:]
+            if len(above) == 3 and TRIAL_FOLDER.fullmatch(above[0]):
+                of_trials += 1
+            else:
+                paths.append(p)
         paths += list(folder.rglob(f"*{ANCESTOR_SUFFIXES[kind]}"))
     paths = sorted(set(paths), key=lambda p: (p.stat().st_mtime, str(p)))
     left_out = [f"{p}: left out (--max-files {max_files})" for p in paths[:-max_files]]
-    curves = []
+    if of_trials:
+        left_out.append(f"{of_trials} runs of trials: left to the page (--html, --serve)")
+    curves: dict[object, Curve] = {}
     for path in paths[-max_files:]:
         try:
-            curves.append(_ancestor_curve(path) if path.name.endswith("_stats.csv") else own_curve(path))
+            curve = (read or any_curve)(path)
         except LmplayError as e:
             left_out.append(str(e))
-    return curves, left_out
+            continue
+        key = (curve.arena, curve.name, _source(curve)) if curve.run else path
+        if key in curves:
+            left_out.append(f"{curves[key].path}: left out, {path} is the same run and newer")
+        curves[key] = curve
+    return list(curves.values()), left_out
+
+
+def any_curve(path: Path) -> Curve:
+    """One of our curves, or the ancestor's.
+
+    Raises:
+        LmplayError: it cannot be read.
+    """
+    return _ancestor_curve(path) if path.name.endswith("_stats.csv") else own_curve(path)
 
 
 def own_curve(path: Path) -> Curve:
@@ -202,7 +225,7 @@ def series(curve: Curve, x: str, metric: str) -> tuple[np.ndarray, np.ndarray] |
     if column not in curve.frame or metric not in curve.frame:
         return None
     frame = curve.frame[[column, metric]].dropna().groupby(column, as_index=False).last()
-    return frame[column].to_numpy(float), frame[metric].to_numpy(float)
+    return (frame[column].to_numpy(float), frame[metric].to_numpy(float)) if len(frame) else None
 
 
 def smooth(y: np.ndarray, count: int) -> np.ndarray:
@@ -232,7 +255,7 @@ def common_grid(xs: Sequence[np.ndarray]) -> np.ndarray:
     if low > high:
         return np.empty(0)
     inside = xs[0][(xs[0] >= low) & (xs[0] <= high)]
-    if all(np.isin(inside, x).all() for x in xs[1:]):
+    if len(inside) and inside[-1] == high and all(np.isin(inside, x).all() for x in xs[1:]):
         return inside
     if low == high:
         return np.array([low])

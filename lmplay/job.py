@@ -20,7 +20,7 @@ from .errors import LmplayError
 from .match import Match, beside, match, measure
 from .plan import Plan
 from .probe import to_batch
-from .report import Report
+from .report import Report, first_line
 from .restore import Restored, locate, restore
 from .runs import RUN_FILE, RunFolder, folder_name, git_state, identity
 from .trainer import Options, Start, Stopped, Trainer
@@ -218,9 +218,7 @@ class Run:
             report.note(f"finished: {folder.path}")
             return summary
         finally:
-            for logger in report.loggers:
-                logger.close()
-            report.loggers.clear()
+            report.close_loggers()
             folder.close()
 
     def _open_logger(self, step: int) -> None:
@@ -233,7 +231,11 @@ class Run:
             self.folder.update(log_id=uuid.uuid4().hex[:12])
             record = self.folder.read()
         config = {k: v for k, v in record["identity"].items() if k != "config"} | dict(record["identity"]["config"])
-        logger = loggers.open_logger(asked.log, self.folder.path, self.job.plan_name, record["log_id"], config, step)
+        path, plan = self.folder.path, self.job.plan_name
+        try:
+            logger = loggers.open_logger(asked.log, path, plan, record["log_id"], config, step)
+        except Exception as e:  # each tracker has errors of its own
+            raise LmplayError(f"--log {asked.log}: it could not begin: {first_line(e)}") from e
         report.loggers.append(logger)
         report.note(f"logged to {logger.where}")
 

@@ -46,7 +46,7 @@ def open_logger(name: str, folder: Path, plan: str, run_id: str, config: dict[st
     if name == "wandb":
         return Wandb(folder, plan, run_id, config)
     if name == "trackio":
-        return Trackio(folder, plan, run_id, config)
+        return Trackio(folder, plan, run_id, config, step)
     return TensorBoard(folder, step)
 
 
@@ -70,10 +70,11 @@ class Wandb:
 
 
 class Trackio:
-    def __init__(self, folder: Path, plan: str, run_id: str, config: dict[str, Any]):
+    def __init__(self, folder: Path, plan: str, run_id: str, config: dict[str, Any], step: int):
         import trackio
 
-        name = f"{folder.name}-{run_id[:6]}"
+        # It cannot take rows back: a run that goes on from a checkpoint is another one there.
+        name = f"{folder.name}-{run_id[:6]}" + (f"-from-step-{step}" if step else "")
         self.run = trackio.init(
             project=f"lmplay-{plan}", name=name, config=config, resume="allow", embed=False, auto_log_gpu=False,
             auto_log_cpu=False,
@@ -92,8 +93,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "tensorboard"
-        # What an interrupted run wrote after its checkpoint is not shown.
-        self.writer = SummaryWriter(str(path), purge_step=step + 1 if step else None)
+        # What an interrupted run wrote after its checkpoint, or before its first one, is not shown.
+        self.writer = SummaryWriter(str(path), purge_step=step + 1 if step else 0)
         self.where = f"TensorBoard; tensorboard --logdir {path} shows it"
 
     def row(self, kind: str, row: Mapping[str, float]) -> None:

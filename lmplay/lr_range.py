@@ -14,18 +14,22 @@ from .errors import LmplayError
 LOWEST, HIGHEST = 1e-3, 1e2  # factors on the plan's learning rates
 MEMORY = 0.9  # of the exponential mean that the loss is smoothed with
 BLOWN_UP = 1.5  # times the best loss: enough was seen
+FEWEST = 20  # steps that show anything
 SAFE = 0.1  # of the rate at the lowest loss
 
 
 @dataclass(frozen=True)
 class Range:
-    """What the test saw: learning rates, losses (nats per token) and smoothed losses, each (n,), and where to go."""
+    """What the test saw: learning rates, losses (nats per token) and smoothed losses, each (n,), and where to go.
+
+    `safest` is None where the loss still fell at the last rate: then its minimum was not seen.
+    """
 
     rates: np.ndarray
     losses: np.ndarray
     smoothed: np.ndarray
     steepest: float
-    safest: float
+    safest: float | None
 
 
 def range_test(
@@ -38,8 +42,10 @@ def range_test(
         say: is shown a line and the share that is done.
 
     Raises:
-        LmplayError: the loss was not finite from the first steps on, or never fell.
+        LmplayError: the loss was not finite from the first steps on, or never fell; or these are too few steps.
     """
+    if steps < FEWEST:
+        raise LmplayError(f"--find-lr needs {FEWEST} steps or more, not {steps}")
     factors = np.geomspace(LOWEST, HIGHEST, steps)
     losses: list[float] = []
     smoothed: list[float] = []
@@ -66,4 +72,5 @@ def read(rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray) -> Range:
         raise LmplayError("the loss fell at no learning rate: is the plan's rate far too high, or is nothing trained?")
     slopes = np.gradient(smoothed, np.log(rates))
     steepest = int(np.argmin(slopes[: lowest + 1]))
-    return Range(rates, losses, smoothed, float(rates[steepest]), float(SAFE * rates[lowest]))
+    safest = float(SAFE * rates[lowest]) if lowest < len(rates) - 1 else None
+    return Range(rates, losses, smoothed, float(rates[steepest]), safest)

@@ -96,10 +96,15 @@ def draw(
                     ax.plot(x, faint, color=colour, alpha=0.25, lw=0.8)
                 if found is not None:
                     ax.plot(x, y, color=colour, alpha=0.45, lw=0.7)
-            _, x, y, _ = seeds[0]
-            label = f"{seeds[0][0].name} (single seed: no claim)"
+            for _, x, y, _ in seeds if found is None and len(seeds) > 1 else ():
+                ax.plot(x, y, color=colour, ls=dash, lw=1)
+            curve, x, y, _ = max(seeds, key=lambda line: line[1][-1])
+            label = f"{curve.name} (single seed: no claim)"
+            if len(seeds) > 1:
+                label = f"{name} (1 of {len(seeds)} seeds came far enough: no claim)"
             if found is not None:
-                x, y, label = found.x, found.mean, f"{name} ({found.seeds} seeds)"
+                of = f"{found.seeds} seeds" if found.seeds == len(seeds) else f"{found.seeds} of {len(seeds)} seeds"
+                x, y, label = found.x, found.mean, f"{name} ({of})"
                 ax.fill_between(x, y - found.half, y + found.half, color=colour, alpha=0.1, lw=0)
             ax.plot(x, y, color=colour, ls=dash, lw=1.8, label=label, marker="o" if len(x) == 1 else None)
             ends.append((name, colour, float(x[-1]), float(y[-1])))
@@ -151,6 +156,8 @@ def draw_range(path: Path, found: Range, title: str) -> None:
     ax.plot(found.rates, found.losses, color=GREY, lw=0.8, alpha=0.7, label="each step")
     ax.plot(found.rates, found.smoothed, color=COLOURS[0], lw=2, label="smoothed")
     for rate, name, colour in ((found.steepest, "steepest", COLOURS[1]), (found.safest, "safest", COLOURS[2])):
+        if rate is None:
+            continue
         ax.axvline(rate, color=colour, lw=1.5, ls="--", label=f"{name}: {rate:.2e}")
     low, high = float(found.smoothed.min()), float(found.smoothed[0])
     ax.set_ylim(low - 0.1 * (high - low), high + 0.4 * (high - low))  # what blew up would flatten the rest

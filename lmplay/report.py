@@ -32,6 +32,11 @@ def count(n: float) -> str:
     return f"{n:.3g}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, short."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def make_console() -> Console:
     """The console of a command: as wide as the terminal, or wide enough for whole lines in a pipe or file."""
     console = Console()
@@ -111,8 +116,16 @@ class Report:
                 logger.row(kind, row)
             except Exception as e:  # each tracker has errors of its own
                 self.loggers.remove(logger)
-                reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-                self.note(f"{logger.where}: it failed ({reason}); the run goes on without it")
+                self.note(f"{logger.where}: it failed ({first_line(e)}); the run goes on without it")
+
+    def close_loggers(self) -> None:
+        """Let the trackers put down what is left; one that fails is told."""
+        while self.loggers:
+            logger = self.loggers.pop()
+            try:
+                logger.close()
+            except Exception as e:  # each tracker has errors of its own
+                self.note(f"{logger.where}: closing it failed ({first_line(e)})")
 
     def validated(self, row: Mapping[str, float], sample: str) -> None:
         self._to_loggers("validate", row)

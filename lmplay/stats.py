@@ -60,6 +60,9 @@ class Lines:
 class Samples(Lines):
     """Texts that the model wrote at its validations, as JSON lines."""
 
+    def cut(self, size: int) -> None:
+        super().cut(min(size, self.size))  # a text is no result: a run whose texts were deleted goes on
+
     def append(self, tokens: int, text: str) -> None:
         self.write(json.dumps({"tokens": tokens, "text": text}) + "\n")
 

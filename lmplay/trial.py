@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from .errors import LmplayError
 from .verdict import REAL, UNDECIDED, Verdict, correlation, judge, looks, t_interval, tokens_to_reach
 
 LR_SEED = 1000  # learning rates are chosen on other seeds than the pairs'
@@ -204,18 +203,22 @@ def pairs(design: Design, results: Results, factors: Mapping[str, float], arm: s
 
 
 def differences(design: Design, results: Results, factors: Mapping[str, float], arm: str) -> list[float]:
-    """End points of the arm minus those of the baseline.
-
-    Raises:
-        LmplayError: a run diverged: there is no difference to speak of.
-    """
+    """End points of the arm minus those of the baseline, up to the first pair of which a run diverged."""
     out = []
-    for seed, (mine, base) in enumerate(pairs(design, results, factors, arm)):
-        for name, result in ((arm, mine), (design.against, base)):
-            if not math.isfinite(result.loss):
-                raise LmplayError(f"{name} diverged with seed {seed}: {result.folder}; a lower learning rate?")
+    for mine, base in pairs(design, results, factors, arm):
+        if not (math.isfinite(mine.loss) and math.isfinite(base.loss)):
+            break
         out.append(mine.loss - base.loss)
     return out
+
+
+def diverged(design: Design, results: Results, factors: Mapping[str, float], arm: str, n: int) -> str:
+    """What to say of the first of the first n pairs of which a run diverged; empty where none did."""
+    for seed, both in enumerate(pairs(design, results, factors, arm)[:n]):
+        for name, result in zip((arm, design.against), both, strict=True):
+            if not math.isfinite(result.loss):
+                return f"{name} diverged with seed {seed} ({_where(result)}): a lower learning rate?"
+    return ""
 
 
 def control_differences(
@@ -226,7 +229,7 @@ def control_differences(
     for unit in control_units(design, arm, factors, results):
         control = results.get(unit.key)
         mine = results.get(pair_unit(arm, unit.seed, factors).key)
-        if control and mine:
+        if control and mine and math.isfinite(mine.loss) and math.isfinite(control.loss):
             out.setdefault(unit.match, []).append(mine.loss - control.loss)
     return out
 
@@ -247,19 +250,31 @@ def verdicts_at(
         now = judge(data, design.smallest_effect, design.max_pairs, design.level, controls)
         if controlled:
             now = {a: _awaiting(v, design, results, factors, a) for a, v in now.items()}
+        now |= {a: _ended(now[a], why) for a in design.arms if (why := diverged(design, results, factors, a, look))}
         frozen |= {a: v for a, v in now.items() if a not in frozen and v.settled}
         latest = {a: frozen.get(a, v) for a, v in now.items()}
     if n < design.looks[0]:
         data = {a: differences(design, results, factors, a)[:n] for a in design.arms}
         latest = judge(data, design.smallest_effect, design.max_pairs, design.level)
+        latest |= {a: _ended(latest[a], why) for a in design.arms if (why := diverged(design, results, factors, a, n))}
     return latest
+
+
+def _ended(verdict: Verdict, why: str) -> Verdict:
+    """Undecided, and further pairs would not change that."""
+    return replace(verdict, word=UNDECIDED, why=why, more=None, closed=True)
 
 
 def _awaiting(verdict: Verdict, design: Design, results: Results, factors: Mapping[str, float], arm: str) -> Verdict:
     """The verdict, but for a REAL whose controls are not all there."""
     missing = [u for u in control_units(design, arm, factors, results) if u.key not in results]
-    if verdict.word == REAL and missing:
+    if verdict.word != REAL:
+        return verdict
+    if missing:
         return replace(verdict, word=UNDECIDED, why=f"{len(missing)} runs of its controls are not done")
+    lost = [u for u in control_units(design, arm, factors, results) if not math.isfinite(results[u.key].loss)]
+    if lost:
+        return _ended(verdict, f"the baseline of equal {lost[0].match} diverged with seed {lost[0].seed}")
     return verdict
 
 
@@ -290,19 +305,21 @@ def report(design: Design, results: Results) -> dict[str, Any]:
     base = [results[pair_unit(design.against, s, factors).key] for s in range(most)] if most else []
     arms = {}
     for arm, verdict in found.items():
-        if not verdict.pairs:
+        if not verdict.pairs and not verdict.closed:
             continue
         both = pairs(design, results, factors, arm)[: verdict.pairs]
         fields = {k: _number(v) for k, v in asdict(verdict).items()}
         arms[arm] = {
             **fields, "tuned": design.tuned, "lr_factor": factors.get(arm, 1.0),
             **_beside(design, both), "gains": [b.loss - m.loss for m, b in both],
-            "flops": float(np.median([b.flops for _, b in both])),
+            "flops": float(np.median([b.flops for _, b in both])) if both else None,
             "controls": control_differences(design, results, factors, arm), "runs": [_where(m) for m, _ in both],
         }  # fmt: skip
     null = [a.loss - b.loss for a, b in zip(base[::2], base[1::2], strict=False)]
+    null = [d for d in null if math.isfinite(d)]
     return {
         "design": asdict(design), "pairs": done, "arms": arms, "runs": [_where(r) for r in base],
+        "lr_factor": factors.get(design.against, 1.0),
         "null": {"differences": null, "band": list(_finite(t_interval(null)))},
         "sensitivity": sensitivity(design, results),
         "cost": {"runs": len(results), "hours": sum(r.seconds for r in results.values()) / 3600},
@@ -312,6 +329,10 @@ def report(design: Design, results: Results) -> dict[str, Any]:
 
 def _beside(design: Design, both: Sequence[tuple[Result, Result]]) -> dict[str, Any]:
     """Of an arm's pairs: bits per byte, paired and unpaired spread, and how much more the baseline needs."""
+    if not both:
+        nothing = ("gain_bpb", "tokens_ratio", "seconds_ratio", "flops_ratio", "correlation")
+        lists = {key: [None, None] for key in ("gain_bpb_interval", "tokens_ratio_interval")}
+        return dict.fromkeys((*nothing, "deviation_paired", "deviation_unpaired")) | lists
     mine, base = [m for m, _ in both], [b for _, b in both]
     apart = np.array([m.loss - b.loss for m, b in both])
     n = len(both)
@@ -347,29 +368,31 @@ def _where(result: Result) -> str:
 
 
 def over_sizes(told: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By arm, a line through the gains of all pairs of several sizes over the logarithm of the baseline's FLOPs: does
-    the gain shrink as models grow?
+    """By arm, how the gain changes as models grow: does it shrink?
 
-    Least squares, with Student's interval of the slope at the trials' level; a gain's slope is in nats per doubling.
+    A seed's pairs at all sizes share their first numbers and data, so each seed gives a slope of its own: least squares
+    of its gains over the logarithm of the baseline's FLOPs, in nats for twice the compute. Of these Student's interval,
+    at the trials' level, over the seeds that every size has.
     """
-    from scipy import stats
-
     fits: dict[str, dict[str, Any]] = {}
+    level = told[0]["design"]["level"]
     for arm in told[0]["design"]["arms"]:
-        sizes = [t["arms"][arm] for t in told if arm in t["arms"]]
-        x = np.array([np.log2(s["flops"]) for s in sizes for _ in s["gains"]])
-        y = np.array([g for s in sizes for g in s["gains"]])
+        sizes = [t["arms"][arm] for t in told if arm in t["arms"] and t["arms"][arm]["gains"]]
         points = [(s["flops"], float(np.mean(s["gains"]))) for s in sizes]
-        if len(x) < 3 or np.ptp(x) == 0:
-            fits[arm] = {"slope": None, "interval": [None, None], "points": points, "sentence": "too few sizes to fit"}
+        seeds = min((len(s["gains"]) for s in sizes), default=0)
+        if len(sizes) < 2 or seeds < 2:
+            fits[arm] = {"slope": None, "interval": [None, None], "points": points, "sentence": "too few pairs to fit"}
             continue
-        line = stats.linregress(x, y)
-        half = float(stats.t.ppf(1 - told[0]["design"]["level"] / 2, len(x) - 2)) * line.stderr
-        low, high = line.slope - half, line.slope + half
-        word = "shrinks" if high < 0 else "grows" if low > 0 else "is not shown to shrink or grow"
+        x = np.log2([s["flops"] for s in sizes])
+        slopes = [float(np.polyfit(x, [s["gains"][seed] for s in sizes], 1)[0]) for seed in range(seeds)]
+        mean, (low, high) = float(np.mean(slopes)), t_interval(slopes, 1 - level)
+        what = "gain" if np.mean([g for _, g in points]) >= 0 else "harm"
+        up, down = ("grows", "shrinks") if what == "gain" else ("shrinks", "grows")
+        word = down if high < 0 else up if low > 0 else "is not shown to shrink or grow"
         fits[arm] = {
-            "slope": float(line.slope), "interval": [float(low), float(high)], "points": points,
-            "sentence": f"the gain {word}: {line.slope:+.4f} nats for twice the compute ({low:+.4f} to {high:+.4f})",
+            "slope": mean, "interval": [low, high], "points": points,
+            "sentence": f"the {what} {word}: {mean:+.4f} nats of gain for twice the compute "
+            f"({low:+.4f} to {high:+.4f}, {seeds} seeds)",
         }  # fmt: skip
     return fits
 

@@ -48,10 +48,14 @@ def trial(folder: Path, name: str, **changes: Any) -> None:
     arm = {
         "word": "REAL", "why": "the loss is lower", "gain": 0.05, "low": 0.03, "high": 0.07, "gain_bpb": 0.02,
         "p": 0.004, "level": 0.005, "pairs": 9, "tuned": True, "lr_factor": 2.0, "tokens_ratio": 1.25,
-        "deviation_paired": 0.01, "deviation_unpaired": 0.03, "controls": {"params": [-0.02, -0.04]}, "more": None,
+        "deviation_paired": 0.01, "deviation_unpaired": 0.03, "more": None, "runs": [],
+        "controls": {"params": [-0.02, -0.04]},
     }  # fmt: skip
     told = {
-        "design": {"plan": "laptop", "against": "gpt2ish"}, "arms": {"ue": arm | changes}, "null": {}, "over": True,
+        "design": {
+            "plan": "laptop", "plan_fingerprint": "abc", "against": "gpt2ish", "precision": "fp32", "tuned": True
+        },
+        "arms": {"ue": arm | changes}, "over": True, "lr_factor": 1.0,
         "sensitivity": {"gpt2ish": [[0.25, 1.0, 5.0], [0.25, 2.0, 5.1]], "ue": [[0.25, 1.0, 4.9], [0.25, 2.0, None]]},
         "cost": {"runs": 30, "hours": 0.5}, "pairs": 9, "runs": [TRAVERSAL, "nowhere/at-all"],
     }  # fmt: skip
@@ -97,19 +101,20 @@ def test_everything_is_gathered_and_what_is_not_is_said(runs: Path) -> None:
     assert [s["text"] for s in ue["samples"]] == ["ue 1 at 1000", "ue 1 at 2000"], "a cut last line is left out"
     assert {t["name"] for t in content["trials"]} == {"laptop-ue-against-gpt2ish", "x"}
     assert any("broken" in line and "cannot be read" in line for line in left_out)
-    assert gather.gather([runs], 200, "ue")[0]["arenas"][0]["baseline"] is not None
+    with_target = next(a for a in gather.gather([runs], 200, "ue-s1")[0]["arenas"] if a["name"] == "laptop")
+    assert (with_target["baseline"], with_target["fixed"]) == ("ue", "ue-s1")
     with pytest.raises(LmplayError, match="no such run"):
         gather.gather([runs], 200, "nobody")
 
 
 def test_the_pairs_of_trials_are_one_arena_and_their_other_runs_none(tmp_path: Path) -> None:
     for seed in range(2):
-        fake_run(tmp_path, "gpt2ish", "trial-laptop-abc", 0.0, seed=seed)
-        fake_run(tmp_path, "ue", "trial-laptop-abc-lr4", -0.1, seed=seed)
-    fake_run(tmp_path, "ue", "trial-laptop-abc-lr8", 0.3, seed=1000)
-    trial(tmp_path, "one", runs=[f"trial-laptop-abc-lr4/ue-s{s}" for s in range(2)])
+        fake_run(tmp_path, "gpt2ish", "trial-laptop-abc123", 0.0, seed=seed)
+        fake_run(tmp_path, "ue", "trial-laptop-abc123-lr4", -0.1, seed=seed)
+    fake_run(tmp_path, "ue", "trial-laptop-abc123-lr8", 0.3, seed=1000)
+    trial(tmp_path, "one", lr_factor=4.0, runs=[f"trial-laptop-abc123-lr4/ue-s{s}" for s in range(2)])
     path = tmp_path / "trials" / "one" / "trial.json"
-    runs = [f"trial-laptop-abc/gpt2ish-s{s}" for s in range(2)]
+    runs = [f"trial-laptop-abc123/gpt2ish-s{s}" for s in range(2)]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"runs": runs}))
     content, _ = gather.gather([tmp_path], 200)
     [arena] = content["arenas"]
@@ -119,15 +124,40 @@ def test_the_pairs_of_trials_are_one_arena_and_their_other_runs_none(tmp_path: P
     assert found == [("gpt2ish", 0), ("gpt2ish", 1), ("ue (lr × 4)", 0), ("ue (lr × 4)", 1)]
 
 
+def test_what_is_odd_in_a_file_is_left_out_and_said(tmp_path: Path) -> None:
+    for name, record in (
+        ("a", {"identity": {"config": 3}}), ("b", {"summary": [1]}), ("c", {"identity": {"seed": "x"}}),
+        ("d", {"git": "none"}), ("fine", {"identity": {"config": {"__proto__": 1, "wide": float("inf"), "l": [1]}}}),
+    ):  # fmt: skip
+        change(fake_run(tmp_path, name, "p", 0.0), **record)
+    for seed in (0, 1):  # a trial that names a run without training curve, and one that is not there
+        fake_run(tmp_path, "gpt2ish", "trial-p-abc123", 0.0, seed=seed)
+    (tmp_path / "trial-p-abc123" / "gpt2ish-s1" / "train.csv").unlink()
+    trial(tmp_path, "one", runs=[f"trial-p-abc123/gpt2ish-s{s}" for s in (0, 1)])
+    trial(tmp_path, "infinite", gain="much")
+    content, left_out = gather.gather([tmp_path], 200)
+    json.dumps(content, allow_nan=False)
+    assert {r["name"] for a in content["arenas"] for r in a["runs"]} == {"fine-s0", "gpt2ish-s0"}
+    for part in ("a-s0", "b-s0", "c-s0", "d-s0", "train.csv", "infinite", "2 runs of trials"):
+        assert any(part in line for line in left_out), part
+
+
+def test_the_same_run_twice_is_one_seed(tmp_path: Path) -> None:
+    shutil.copytree(fake_run(tmp_path / "one", "ue", "p", 0.0), tmp_path / "two" / "p" / "ue-s0")
+    curves, left_out = compare.collect([tmp_path], "validate", 20)
+    assert len(curves) == 1
+    assert any("is the same run" in line for line in left_out)
+
+
 def test_long_curves_are_averaged_down_and_keep_their_ends() -> None:
     frame = pd.DataFrame({"tokens": np.arange(1, 10_001), "loss": np.linspace(5, 3, 10_000), "bpb": np.nan})
-    made = gather.points(frame)
+    made = gather.points(frame, 25)
     assert made["window"] == 25
     assert len(made["tokens"]) == 400
     assert made["tokens"][-1] == 10_000
     assert made["loss"][0] == pytest.approx(frame["loss"][:25].mean(), rel=1e-6)
     assert made["bpb"] == [None] * 400
-    assert gather.points(frame[:300])["window"] == 1
+    assert gather.points(frame[:300], 1)["loss"] == pytest.approx(frame["loss"][:300].tolist(), rel=1e-6)
 
 
 def test_the_file_asks_nothing_of_a_network_and_names_stay_inside(runs: Path, tmp_path: Path) -> None:
@@ -173,6 +203,7 @@ def test_the_server_answers_two_paths_and_opens_none(served: int) -> None:
     assert ask(served, "/", "POST").status == 501
     assert ask(served, "/", Host="evil.example").status == 403, "another site's name for this machine"
     assert ask(served, "/", Host=f"localhost:{served}").status == 200
+    assert ask(served, "/", Host=f"[::1]:{served}").status == 200
 
 
 def test_unchanged_data_are_not_sent_again(served: int) -> None:
@@ -187,6 +218,9 @@ def test_what_a_user_can_mend_is_one_line(
 ) -> None:
     taken = command("lmp_plotstats", str(runs), "--serve", "--port", str(served))
     assert (taken.returncode, "--port takes another" in taken.stderr) == (1, True)
+    assert command("lmp_plotstats", "--serve", "--port", "70000").returncode == 2
+    assert "it does not go with --html" in command("lmp_plotstats", str(runs), "--html", "p", "--plot-raw").stderr
+    assert "--port goes with --serve" in command("lmp_plotstats", str(runs), "--port", "1").stderr
     monkeypatch.setitem(sys.modules, "plotly.offline", None)  # as if it were not installed
     without = command("lmp_plotstats", str(runs), "--html", "p.html")
     assert without.returncode == 1
@@ -318,6 +352,24 @@ def test_switches_switch(show: Callable[..., Any], file: Path) -> None:
     tab.fill("#search", "width=64")
     assert {t["name"] for t in drawn(tab)} == {"ue", "ue-s0", "ue-s1", "ue-s2"}
     assert tab.locator("#final tbody tr").count() == 3
+
+
+def test_partners_are_those_of_compare(show: Callable[..., Any], tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for name, precision in (("gpt2ish", "fp32"), ("gpt2ish-bf16", "bf16"), ("ue", "fp32"), ("ue-bf16", "bf16")):
+            folder = fake_run(tmp_path, name, "p", 0.1 * len(name), seed=seed)
+            change(folder, identity={"precision": precision, "variant": name.partition("-")[0]})
+    for target in (None, "gpt2ish-s1"):
+        curves, _ = compare.collect([tmp_path], "validate", 20)
+        partner = compare.partners(curves, compare.baseline_of(curves, target), target)
+        expected = {f"against {partner[c.path].name}" for c in curves if c.variant == "ue"}
+        path = tmp_path / f"{target}.html"
+        write.write(path, gather.gather([tmp_path], 20, target)[0])
+        hovers = show(path.as_uri()).evaluate(
+            "document.getElementById('figure').data.filter((t) => t.hovertemplate && /^ue.*-s/.test(t.name))"
+            ".map((t) => t.hovertemplate.match(/against [^<]*/)[0])"
+        )
+        assert set(hovers) == expected, target
 
 
 def test_the_settings_that_differ_are_in_the_hover(show: Callable[..., Any], file: Path) -> None:

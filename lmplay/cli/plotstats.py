@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LmplayError
 from . import ending
@@ -44,13 +44,20 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--max-files", type=int, metavar="N", help="the newest N runs (20; 200 on a page)")
     p.add_argument("--plot-raw", action="store_true", help="unsmoothed curves, faint, behind the smoothed ones")
-    p.add_argument("--theme", choices=("light", "dark"), default="light")
+    p.add_argument("--theme", choices=("light", "dark"), help="(light; a page: the reader's)")
     page = p.add_mutually_exclusive_group()
     page.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page instead of figures")
     page.add_argument("--serve", action="store_true", help="show the page, and keep it fresh, until Ctrl-C")
     p.add_argument("--host", default="127.0.0.1", help="for --serve (127.0.0.1: this machine alone)")
-    p.add_argument("--port", type=int, default=8088, help="for --serve (8088)")
+    p.add_argument("--port", type=port, default=8088, help="for --serve (8088)")
     return p
+
+
+def port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is no port: 0 to 65535")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,6 +74,9 @@ def command(args: argparse.Namespace) -> int:
         raise LmplayError("--max-files must be 1 or more, --min-show in [0, 1)")
     if args.html or args.serve:
         return make_page(args)
+    for name in ("host", "port"):
+        if getattr(args, name) != parser().get_default(name):
+            raise LmplayError(f"--{name} goes with --serve")
     from ..compare import METRICS, baseline_of, by_arena, collect, final_table, partners, seeds_note
     from ..plots import Style, draw
     from ..report import make_console
@@ -96,7 +106,7 @@ def command(args: argparse.Namespace) -> int:
             folder = args.out / safe_name(f"{plan}-{fingerprint}" if twice else plan)
         window = args.average_count or (200 if args.plot_train else 1)
         title = "training" if args.plot_train else "validation"
-        style = Style(args.x, window, args.min_show, args.plot_raw, args.theme, title)
+        style = Style(args.x, window, args.min_show, args.plot_raw, args.theme or "light", title)
         written = []
         for metric in METRICS:
             for diff in (False, True):
@@ -131,11 +141,20 @@ def safe_name(text: str) -> str:
 def make_page(args: argparse.Namespace) -> int:
     """--html and --serve."""
     from ..page.gather import gather
-    from ..page.serve import Source, server
+    from ..page.serve import Memory, Source, server
     from ..page.write import page, write
 
-    folders = args.folders or [Path("gpt_out")]
-    content, left_out = gather(folders, args.max_files, args.target)
+    for name in ("out", "out_type", "average_count", "min_show", "plot_raw"):
+        if getattr(args, name) != parser().get_default(name):
+            raise LmplayError(f"--{name.replace('_', '-')} is of figures: it does not go with --html or --serve")
+    folders, memory = args.folders or [Path("gpt_out")], Memory()
+    preset = {"x": args.x, "kind": "train" if args.plot_train else "validate", "theme": args.theme}
+
+    def gathered() -> tuple[dict[str, Any], list[str]]:
+        content, left_out = gather(folders, args.max_files, args.target, memory)
+        return content | {"preset": preset}, left_out
+
+    content, left_out = gathered()
     for line in left_out:
         print(line)
     if args.html:
@@ -145,7 +164,7 @@ def make_page(args: argparse.Namespace) -> int:
         print(args.html)
         return 0
     page(content)  # what is missing is said before the server begins
-    with server(Source(lambda: gather(folders, args.max_files, args.target)[0]), args.host, args.port) as found:
+    with server(Source(lambda: gathered()[0]), args.host, args.port) as found:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{host}:{found.server_address[1]}/ (Ctrl-C stops)", flush=True)
         try:

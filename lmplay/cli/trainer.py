@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--exp", default="gpt2ish", metavar="NAME|FILE.py[:VARIANT]|list", help="the experiment (gpt2ish)")
-    p.add_argument("--describe", action="store_true", help="say what the experiment is, and do not train")
+    instead = p.add_mutually_exclusive_group()
+    instead.add_argument("--describe", action="store_true", help="say what the experiment is, and do not train")
     p.add_argument(
         "--training-plan",
         metavar="NAME|FILE.json|list",
@@ -68,9 +69,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=positive_int, help="budget of optimizer steps, instead of the plan's")
     p.add_argument("--fresh", action="store_true", help="start anew; a run that is there is moved aside")
     p.add_argument("--no-dirty", action="store_true", help="refuse to run with uncommitted changes")
-    p.add_argument("--check-grads", action="store_true", help="list parameters that get no gradient, and do not train")
-    p.add_argument("--profile", action="store_true", help="profile a few steps, and do not train")
-    p.add_argument("--find-lr", action="store_true", help="range test of the learning rate: a picture, and two rates")
+    instead.add_argument(
+        "--check-grads", action="store_true", help="list parameters that get no gradient, and do not train"
+    )
+    instead.add_argument("--profile", action="store_true", help="profile a few steps; no training")
+    instead.add_argument(
+        "--find-lr", action="store_true", help="range test of the learning rate: a picture, and two rates"
+    )
     p.add_argument("--log", choices=NAMES, help="curves for a tracker as well, offline (needs lmplay[log])")
     p.add_argument("--save-minutes", type=float, default=5.0, metavar="M", help="between checkpoints (5); 0: each step")
     p.add_argument("--out", type=Path, default=Path("gpt_out"), metavar="FOLDER", help="where runs are kept (gpt_out)")
@@ -107,7 +112,7 @@ def command(args: argparse.Namespace) -> int:
         list_plans(console)
         return 0
     for other in ("describe", "check_grads", "profile", "find_lr"):
-        for option in ("match", "initial_model") if getattr(args, other) else ():
+        for option in ("match", "initial_model", "log", "fresh") if getattr(args, other) else ():
             if getattr(args, option):
                 names = f"--{other.replace('_', '-')} and --{option.replace('_', '-')}"
                 raise LmplayError(f"{names} do not go together")
@@ -303,6 +308,7 @@ def find_lr(trainer: Trainer, args: argparse.Namespace, report: Report) -> int:
     import math
 
     import pandas as pd
+    import torch
 
     from ..lr_range import range_test
     from ..plots import draw_range
@@ -314,21 +320,31 @@ def find_lr(trainer: Trainer, args: argparse.Namespace, report: Report) -> int:
         arrays = trainer.streams[0].batch(index, trainer.batch_size)
         trainer.optimizers.set_factor(factor)
         sums = trainer.accumulate(arrays)
-        loss, norm = sums["loss"] / max(1, arrays.n_tokens), trainer.optimizers.prepare(trainer.plan.batch.grad_clip, 1)
-        if not math.isfinite(loss) or not math.isfinite(float(norm)):
+        loss = sums["loss"] / max(1, arrays.n_tokens)
+        norm = float(trainer.optimizers.prepare(trainer.plan.batch.grad_clip, trainer.loss_scale))
+        if math.isfinite(norm):
+            trainer.optimizers.step()
+        elif trainer.loss_scale > 1:  # of fp16, too large for its range
+            trainer.loss_scale /= 2
+        else:
             return math.inf
-        trainer.optimizers.step()
         trainer.optimizers.zero_grad()
         return loss
 
-    trainer.loss_scale = 1.0
-    with report:
-        found = range_test(step, spec.lr, args.steps or RANGE_STEPS, report.show)
+    try:
+        with report:
+            found = range_test(step, spec.lr, args.steps or RANGE_STEPS, report.show)
+    except torch.OutOfMemoryError as e:
+        raise LmplayError("the device ran out of memory: a smaller --mini-batch-size, or model?") from e
     stem = args.out / f"find-lr-{trainer.run.path.parent.name}-{trainer.run.path.name}"
     draw_range(stem.with_name(stem.name + ".png"), found, f"{trainer.run.path.name} on {trainer.run.path.parent.name}")
     rows = {"lr": found.rates, "loss": found.losses, "smoothed": found.smoothed}
     pd.DataFrame(rows).to_csv(stem.with_name(stem.name + ".csv"), index=False)
-    print(f"plan_lr: {spec.lr:g}\nsteepest_lr: {found.steepest:.3g}\nsafest_lr: {found.safest:.3g}")
+    print(f"plan_lr: {spec.lr:g}\nsteepest_lr: {found.steepest:.3g}")
+    if found.safest is None:
+        print(f"safest_lr: unknown: the loss still fell at {found.rates[-1]:.3g}, the highest rate that was tried")
+    else:
+        print(f"safest_lr: {found.safest:.3g}")
     print(f"picture: {stem}.png\nvalues: {stem}.csv")
     return 0
 

@@ -102,6 +102,11 @@ def command(args: argparse.Namespace, given: list[str]) -> int:
             raise LmplayError(f"there is no trial {name} in {args.out}; --name says which")
         board = Board(open_storage(args.storage or str(journal)), name, design, create=not args.status)
         parts.append(Part(board, design, jobs, folder))
+    widths = [next(iter(part.jobs.values())).plan.model.embed_dim for part in parts]
+    if len(set(widths)) < len(widths):
+        raise LmplayError(
+            f"--sizes {','.join(f'{s:g}' for s in args.sizes)}: two of them have the same width: {widths}"
+        )
     if args.status:
         for part in parts:
             _status(part, console)
@@ -145,7 +150,7 @@ def _start(given: list[str], threads: int) -> subprocess.Popen[bytes]:
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -384,6 +389,8 @@ def _show(told: dict[str, Any], console: Console) -> None:
         more = f"; about {v['more']} more pairs would settle it" if v["more"] else ""
         console.print(f"{arm} against {design['against']}: {v['word']}{tuned}: {v['why']}{more}", highlight=False)
         ends = f"{_end(v['low'])} to {_end(v['high'])}"
+        if v["gain"] is None:
+            continue
         console.print(
             f"  gain {v['gain']:+.4f} nats per token ({ends}), {v['gain_bpb']:+.4f} bits per byte; "
             f"p {v['p']:.4g} where {v['level']:.4g} may be spent; {v['pairs']} pairs",

@@ -9,59 +9,65 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import pandas as pd
+from pydantic import BaseModel, Field, ValidationError
 
-from ..compare import AXES, COVERAGE, GRID, METRICS, Curve, baseline_of, by_arena, collect, families, own_curve
+from ..compare import AXES, COVERAGE, GRID, METRICS, Curve, any_curve, baseline_of, by_arena, collect, families
+from ..errors import LmplayError
 from ..palette import COLOURS, GREY, LABELS
 
 POINTS = 400  # of a curve on the page; longer ones are averaged down
 DIGITS = 7  # significant, of every number
 MOST_SEEDS = 60  # beyond it Student's quantile is taken as that of so many
 MOST_TEXT = 2000  # characters of a sample
-TRIAL = ("design", "arms", "null", "sensitivity", "cost", "over", "pairs", "runs")
 
 
-def gather(folders: Sequence[Path], max_files: int, target: str | None = None) -> tuple[dict[str, Any], list[str]]:
+Read = Callable[[Path], Curve]
+
+
+def gather(
+    folders: Sequence[Path], max_files: int, target: str | None = None, read: Read = any_curve
+) -> tuple[dict[str, Any], list[str]]:
     """The page's content, and a line for each run or trial that was left out with the reason.
 
     Raises:
         LmplayError: a folder is not there, or `target` names no run.
     """
-    validation, left_out = collect(folders, "validate", max_files)
-    training, more = collect(folders, "train", max_files)
+    validation, left_out = collect(folders, "validate", max_files, read)
+    training, more = collect(folders, "train", max_files, read)
     left_out += [line for line in more if line not in left_out]
-    train_of = {c.path.parent: c for c in training if c.run}
-    trials, odd = find_reports(folders, "trial.json", TRIAL)
-    sizes, more = find_reports(folders, "sizes.json", ("fits",))
-    odd += more
-    arenas = trial_arenas(trials)
+    train_of = {(c.path.parent, c.name): c for c in training}
+    trials, odd = find_reports(folders, "trial.json", TrialReport)
+    sizes, more = find_reports(folders, "sizes.json", SizesReport)
+    arenas, lost = trial_arenas(trials, read)
     for (name, fingerprint), curves in by_arena(validation).items():
         named = target if target in {n for c in curves for n in (c.name, c.variant)} else None
         baseline = baseline_of(curves, named)
         family = {c.path: f for f, seeds in families(curves).items() for c in seeds}
-        arenas.append(
-            {
-                "name": name,
-                "fingerprint": fingerprint,
-                "baseline": family[baseline.path] if baseline else None,
-                "runs": [one_run(c, train_of.get(c.path.parent), family[c.path]) for c in curves],
-                "changed": max(c.path.stat().st_mtime for c in curves),
-            }
-        )
-    if target is not None and not any(named_in(a, target) for a in arenas):
+        members = [
+            Member(c, train_of.get((c.path.parent, c.name)), family[c.path], f"{c.variant} {c.run.get('overrides')}")
+            for c in curves
+        ]
+        runs, problems = page_runs(members)
+        lost += problems
+        if runs:
+            fixed = baseline.name if baseline is not None and target == baseline.name else None
+            base = family[baseline.path] if baseline is not None else None
+            arenas.append(one_arena(name, fingerprint, base, fixed, runs, curves))
+    if target is not None and not any(target in (r["name"], r["variant"]) for a in arenas for r in a["runs"]):
         baseline_of(validation, target)  # raises, naming the nearest
     arenas.sort(key=lambda a: -a["changed"])
     content = {
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "arenas": arenas,
-        "trials": [{k: v for k, v in t.items() if k != "path"} for t in trials],
-        "sizes": [{k: v for k, v in s.items() if k != "path"} for s in sizes],
+        "trials": [{"name": path.parent.name, **t.model_dump()} for path, t in trials],
+        "sizes": [{"name": path.parent.name, **t.model_dump()} for path, t in sizes],
         "quantiles": quantiles(),
-        "coverage": COVERAGE,
         "grid": GRID,
         "colours": COLOURS,
         "grey": GREY,
@@ -69,77 +75,86 @@ def gather(folders: Sequence[Path], max_files: int, target: str | None = None) -
         "axes": AXES,
         "metrics": METRICS,
     }
-    return content, left_out + odd
+    return content, [*left_out, *odd, *more, *lost]
 
 
-def named_in(arena: Mapping[str, Any], target: str) -> bool:
-    return any(target in (r["name"], r["variant"]) for r in arena["runs"])
+# ---------------------------------------------------------------- runs
 
 
-def trial_arenas(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs of trials with one plan, budget and baseline as one arena: a pair shares its seed and data order, and
-    each idea has the learning rate that was found for it."""
-    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for trial in trials:
-        key = tuple(str(trial["design"].get(k)) for k in ("plan", "plan_fingerprint", "against", "precision"))
-        groups.setdefault(key, []).append(trial)
-    arenas = []
-    for (plan, fingerprint, against, _), same in groups.items():
-        runs, changed = {}, 0.0
-        for trial in same:
-            out = trial["path"].parents[2]
-            arms = [(against, trial["runs"]), *((name, arm.get("runs", [])) for name, arm in trial["arms"].items())]
-            for arm, folder in ((arm, f) for arm, folders in arms for f in folders):
-                path = out.joinpath(*safe_parts(folder), "validate.csv")
-                if path in runs or not path.exists():
-                    continue
-                curve = own_curve(path)
-                training = own_curve(path.with_name("train.csv"))
-                rate = path.parent.parent.name.rpartition("-lr")[2] if "-lr" in path.parent.parent.name else "1"
-                family = arm if rate == "1" else f"{arm} (lr × {rate})"
-                runs[path] = one_run(curve, training, family)
-                changed = max(changed, path.stat().st_mtime)
-        if runs:
-            found = list(runs.values())
-            base = next((r["family"] for r in found if r["variant"] == against), None)
-            name = f"trials on {plan} against {against}"
-            arenas.append(
-                {"name": name, "fingerprint": fingerprint, "baseline": base, "runs": found, "changed": changed}
-            )
-    return arenas
+@dataclass(frozen=True)
+class Member:
+    """A run of an arena: what its seeds are called, and the setting by which partners are found."""
+
+    curve: Curve
+    training: Curve | None
+    family: str
+    setting: str
 
 
-def safe_parts(folder: str) -> list[str]:
-    """The two last parts of a run's folder as a report names it; nothing of it leads out of the folder of runs."""
-    return [part for part in str(folder).split("/")[-2:] if part not in ("", ".", "..")]
+def one_arena(
+    name: str, fingerprint: str, baseline: str | None, fixed: str | None, runs: Sequence[Any], curves: Sequence[Curve]
+) -> dict[str, Any]:
+    """`fixed` is the one run that all differences are taken to while the baseline is `baseline`, if there is such."""
+    return {
+        "key": f"{name} {fingerprint}",
+        "name": name,
+        "fingerprint": fingerprint,
+        "baseline": baseline,
+        "fixed": fixed,
+        "runs": runs,
+        "changed": max(changed(c.path) for c in curves),
+    }
 
 
-def one_run(curve: Curve, training: Curve | None, family: str) -> dict[str, Any]:
+def changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # moved aside since it was read
+        return 0.0
+
+
+def page_runs(members: Sequence[Member]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The runs of an arena as the page takes them, all averaged down alike, and a line for each that is left out."""
+    windows = {
+        "validate": math.ceil(max((len(m.curve.frame) for m in members), default=1) / POINTS),
+        "train": math.ceil(max((len(m.training.frame) for m in members if m.training), default=1) / POINTS),
+    }
+    runs, lost = [], []
+    for member in members:
+        try:
+            runs.append(one_run(member, windows))
+        except (KeyError, TypeError, ValueError, AttributeError) as e:  # a run.json may say anything
+            lost.append(f"{member.curve.path.parent}: left out, its run.json is not one of lmplay's: {e!r}")
+    return runs, lost
+
+
+def one_run(member: Member, windows: Mapping[str, int]) -> dict[str, Any]:
     """A run as the page takes it."""
+    curve, training = member.curve, member.training
     record = curve.run
     summary = record.get("summary") or {}
     last = curve.frame.iloc[-1]
     return {
         "name": curve.name,
         "variant": curve.variant,
-        "family": family,
-        "seed": curve.seed,
-        "precision": curve.precision,
+        "family": member.family,
+        "setting": member.setting,
+        "seed": None if curve.seed is None else int(curve.seed),
+        "precision": str(curve.precision),
         "settings": settings(record),
         "finished": bool(summary) or not record,
         "final": {k: number(last.get(k)) for k in ("tokens", *METRICS)}
         | {k: number(summary.get(k)) for k in ("parameters", "tokens_per_second", "peak_memory_mb", "seconds")},
-        "validate": points(curve.frame),
-        "train": points(training.frame) if training else None,
+        "validate": points(curve.frame, windows["validate"]),
+        "train": points(training.frame, windows["train"]) if training else None,
         "samples": samples(curve.path.parent / "samples.jsonl") if record else [],
     }
 
 
-def points(frame: pd.DataFrame) -> dict[str, Any]:
-    """A curve's columns, of at most POINTS rows; `window` rows stand in each: x is the last one's, y their mean."""
+def points(frame: pd.DataFrame, window: int) -> dict[str, Any]:
+    """A curve's columns; `window` rows stand in each: x is the last one's, y their mean."""
     columns = [c for c in (*AXES.values(), *METRICS) if c in frame]
     frame = frame[columns]
-    window = math.ceil(len(frame) / POINTS)
     if window > 1:
         axes = [c for c in AXES.values() if c in frame]
         groups = frame.groupby(pd.RangeIndex(len(frame)) // window)
@@ -151,13 +166,21 @@ def points(frame: pd.DataFrame) -> dict[str, Any]:
 def settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a run and can be read: the experiment's settings, seed, precision, machine, code."""
     identity = record.get("identity", {})
-    told = dict(identity.get("config") or {})
+    told: dict[str, Any] = {}
+    told |= identity.get("config") or {}
     told |= {k: identity[k] for k in ("seed", "precision") if k in identity}
     told |= {k: record[k] for k in ("device", "threads", "mini_batch_size") if k in record}
     told["code"] = str(identity.get("experiment", ""))[:8]
     commit = (record.get("git") or {}).get("commit")
     told["commit"] = (commit or "none")[:8] + ("+" if (record.get("git") or {}).get("dirty") else "")
-    return {k: v if isinstance(v, str | int | float | bool) else json.dumps(v) for k, v in told.items()}
+    return {str(k): v if isinstance(v, str | bool) else readable(v) for k, v in told.items()}
+
+
+def readable(value: Any) -> Any:
+    """A setting as JSON has it: infinities and lists become text."""
+    if isinstance(value, int | float) and math.isfinite(value):
+        return value
+    return str(value) if isinstance(value, int | float) else json.dumps(value)
 
 
 def samples(path: Path) -> list[dict[str, Any]]:
@@ -165,23 +188,131 @@ def samples(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         found = [json.loads(line) for line in lines if line]
-    except (OSError, ValueError):
+        return [{"tokens": number(s["tokens"]), "text": str(s["text"])[:MOST_TEXT]} for s in found]
+    except (OSError, ValueError, KeyError, TypeError):
         return []  # a run of before there were any; a text is no result
-    return [{"tokens": s["tokens"], "text": str(s["text"])[:MOST_TEXT]} for s in found]
 
 
-def find_reports(folders: Sequence[Path], file: str, keys: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+# ---------------------------------------------------------------- trials
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Maybe = Finite | None
+
+
+class TrialDesign(BaseModel):
+    plan: str
+    plan_fingerprint: str
+    against: str
+    precision: str
+    tuned: bool
+
+
+class Arm(BaseModel):
+    """What lmp_trial says of an arm, as far as the page shows it."""
+
+    word: str
+    why: str
+    gain: Maybe
+    low: Maybe
+    high: Maybe
+    gain_bpb: Maybe
+    p: Maybe
+    level: Maybe
+    pairs: int
+    more: int | None
+    tuned: bool
+    lr_factor: Finite
+    tokens_ratio: Maybe
+    deviation_paired: Maybe
+    deviation_unpaired: Maybe
+    controls: dict[str, list[Finite]]
+    runs: list[str]
+
+
+class Cost(BaseModel):
+    runs: int
+    hours: Finite
+
+
+class TrialReport(BaseModel):
+    """A trial.json."""
+
+    design: TrialDesign
+    arms: dict[str, Arm]
+    lr_factor: Finite
+    runs: list[str]
+    sensitivity: dict[str, list[tuple[Finite, Finite, Maybe]]]
+    cost: Cost
+    over: bool
+
+
+class Fit(BaseModel):
+    sentence: str
+    points: list[tuple[Finite, Finite]]
+
+
+class SizesReport(BaseModel):
+    """A sizes.json."""
+
+    fits: dict[str, Fit]
+
+
+Report = TypeVar("Report", bound=BaseModel)
+
+
+def find_reports(folders: Sequence[Path], file: str, kind: type[Report]) -> tuple[list[tuple[Path, Report]], list[str]]:
     """What trials below the folders have written down in `file`, newest first, and a line for each that cannot be
     read."""
     found, odd = [], []
-    paths = {p for folder in folders if folder.is_dir() for p in folder.rglob(f"trials/*/{file}")}
-    for path in sorted(paths, key=lambda p: -p.stat().st_mtime):
+    paths = {p for f in folders if f.is_dir() for p in f.rglob(file) if p.parent.parent.name == "trials"}
+    for path in sorted(paths, key=lambda p: -changed(p)):
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            found.append({"name": path.parent.name, "path": path, **{k: told[k] for k in keys}})
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            found.append((path, kind.model_validate_json(path.read_text(encoding="utf-8"))))
+        except ValidationError as e:
+            first = e.errors()[0]
+            odd.append(f"{path}: this trial cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+        except (OSError, ValueError) as e:
             odd.append(f"{path}: this trial cannot be read: {e}")
     return found, odd
+
+
+def trial_arenas(trials: Sequence[tuple[Path, TrialReport]], read: Read) -> tuple[list[dict[str, Any]], list[str]]:
+    """The pairs of trials with one plan, budget and baseline as one arena: a pair shares its seed and data order, and
+    each idea has the learning rate that was found for it. And a line for each run that cannot be read."""
+    groups: dict[tuple[Any, ...], list[tuple[Path, TrialReport]]] = {}
+    for path, trial in trials:
+        d = trial.design
+        groups.setdefault((d.plan, d.plan_fingerprint, d.against, d.precision, d.tuned), []).append((path, trial))
+    arenas, lost = [], []
+    for (plan, fingerprint, against, precision, tuned), same in groups.items():
+        members: dict[Path, Member] = {}
+        for path, trial in same:
+            arms = [(against, trial.lr_factor, trial.runs)]
+            arms += [(name, arm.lr_factor, arm.runs) for name, arm in trial.arms.items()]
+            for arm, rate, runs in arms:
+                family = arm if rate == 1 else f"{arm} (lr × {rate:g})"
+                for run in runs:
+                    where = path.parents[2].joinpath(*safe_parts(run), "validate.csv")
+                    if where in members:
+                        continue
+                    try:
+                        members[where] = Member(read(where), read(where.with_name("train.csv")), family, family)
+                    except LmplayError as e:
+                        lost.append(str(e))
+        found, problems = page_runs(list(members.values()))
+        lost += problems
+        if found:
+            name = f"trials on {plan} against {against}{'' if tuned else ', untuned'}"
+            name += "" if precision == "fp32" else f", {precision}"
+            base = next((r["family"] for r in found if r["variant"] == against), None)
+            curves = [m.curve for m in members.values()]
+            arenas.append(one_arena(name, fingerprint, base, None, found, curves))
+    return arenas, lost
+
+
+def safe_parts(folder: str) -> list[str]:
+    """The two last parts of a run's folder as a report names it; nothing of it leads out of the folder of runs."""
+    return [part for part in folder.split("/")[-2:] if part not in ("", ".", "..")]
 
 
 def quantiles() -> list[float]:

@@ -5,7 +5,7 @@ function commonGrid(xs, points) {
   const low = Math.max(...xs.map((x) => x[0])), high = Math.min(...xs.map((x) => x[x.length - 1]));
   if (!(low <= high)) return [];
   const inside = xs[0].filter((v) => v >= low && v <= high);
-  if (xs.slice(1).every((x) => { const have = new Set(x); return inside.every((v) => have.has(v)); })) return inside;
+  if (inside.length && inside[inside.length - 1] === high && xs.slice(1).every((x) => { const have = new Set(x); return inside.every((v) => have.has(v)); })) return inside;
   if (low === high) return [low];
   const even = (i) => i / (points - 1);
   return Array.from({ length: points }, (_, i) =>
@@ -77,14 +77,15 @@ function options(select, entries) {
   if (entries.some(([value]) => value === before)) select.value = before;
 }
 
-const arena = () => content.arenas[Number($("arena").value)] || content.arenas[0];
-const key = (family) => arena().name + " " + arena().fingerprint + " " + family;
+const arena = () => content.arenas.find((a) => a.key === $("arena").value) || content.arenas[0];
+const key = (family) => arena().key + " " + family;
+const chosenTexts = new Map(); // which of a run's texts is shown, by arena and run
 const short = (v) => v === null || v === undefined ? "–" : Math.abs(v) >= 1e4
   ? v.toLocaleString("en", { maximumSignificantDigits: 4, notation: "compact" }) : String(+v.toPrecision(5));
 const signed = (v) => (v < 0 ? "−" : "+") + Math.abs(v).toFixed(4);
 
-function series(run) {
-  const data = run[$("kind").value], column = content.axes[$("x").value], metric = $("metric").value;
+function series(run, kind = $("kind").value, axis = $("x").value, metric = $("metric").value, smoothing = Number($("smooth").value)) {
+  const data = run[kind], column = content.axes[axis];
   if (!data || !data[column] || !data[metric]) return null;
   const x = [], y = [];
   data[column].forEach((v, i) => {
@@ -92,7 +93,7 @@ function series(run) {
     if (x.length && v <= x[x.length - 1]) { y[y.length - 1] = data[metric][i]; return; }
     x.push(v); y.push(data[metric][i]);
   });
-  return x.length ? { x, y: smooth(y, Number($("smooth").value)), window: data.window } : null;
+  return x.length ? { x, y: smooth(y, smoothing), window: data.window } : null;
 }
 
 function found(run) {
@@ -101,22 +102,25 @@ function found(run) {
   return words.every((w) => text.includes(w));
 }
 
+// As partners() of lmplay/compare.py.
 function partner(run, family) {
-  const seeds = arena().runs.filter((r) => r.family === family), same = seeds.filter((r) => r.seed === run.seed);
-  return same.find((r) => r.precision === run.precision) || same[0] || seeds[0] || null;
+  const here = arena(), first = here.runs.find((r) => r.family === family);
+  if (!first) return null;
+  if (here.fixed && family === here.baseline) return here.runs.find((r) => r.name === here.fixed) || first;
+  const same = here.runs.filter((r) => r.setting === first.setting && r.seed === run.seed);
+  return same.find((r) => r.precision === run.precision) || same[0] || first;
 }
 
 // Settings that are not the same in all runs of the plan.
 function differing() {
-  const values = {};
-  for (const run of arena().runs)
-    for (const [k, v] of Object.entries(run.settings)) (values[k] ||= new Set()).add(String(v));
-  return Object.keys(values).filter((k) => values[k].size > 1 || arena().runs.some((r) => !(k in r.settings)));
+  const values = new Map(), runs = arena().runs;
+  for (const run of runs) for (const [k, v] of Object.entries(run.settings)) values.set(k, (values.get(k) || new Set()).add(String(v)));
+  return [...values.keys()].filter((k) => values.get(k).size > 1 || runs.some((r) => !Object.hasOwn(r.settings, k)));
 }
 
 function looks() {
   const names = [...new Set(arena().runs.map((r) => r.family))], others = names.filter((n) => n !== $("baseline").value);
-  const dashes = ["solid", "dash", "dashdot", "dot"], n = content.colours.length, made = {};
+  const dashes = ["solid", "dash", "dashdot", "dot"], n = content.colours.length, made = Object.create(null);
   others.forEach((name, i) => { made[name] = { colour: content.colours[i % n], dash: dashes[Math.floor(i / n) % 4] }; });
   for (const name of names) made[name] ||= { colour: content.grey, dash: "solid" };
   return made;
@@ -172,25 +176,26 @@ function draw() {
   const metric = content.labels[$("metric").value], logx = $("logx").checked;
   let null_ = null, windows = new Set(), unpaired = 0;
   if (diff) {
-    null_ = nullBand(arena().runs.filter((r) => r.family === base).map(series).filter(Boolean), content.quantiles, content.grid);
+    null_ = nullBand(arena().runs.filter((r) => r.family === base).map((r) => series(r)).filter(Boolean), content.quantiles, content.grid);
     if (null_) {
       const at = null_.x.map((v, i) => i).filter((i) => !logx || null_.x[i] > 0), half = at.map((i) => null_.half[i]);
       traces.push(area(at.map((i) => null_.x[i]), half.map((h) => -h), half, transparent(content.grey, 0.3), "luck"));
     }
   }
-  const ends = {}, shown = [];
+  const ends = new Map(), shown = [];
   for (const [name, seeds] of groups) {
     const total = band(seeds, content.quantiles, content.grid), { colour: hue, dash } = look[name];
     for (const s of seeds) { windows.add(s.window); if (s.pair && s.pair.seed !== s.run.seed) unpaired++; }
     const last = (v) => v[v.length - 1];
-    ends[name] = total ? { mean: last(total.mean), half: last(total.half), seeds: total.seeds }
-      : { mean: last(seeds[0].y), half: null, seeds: seeds.length };
+    const furthest = seeds.reduce((a, b) => (last(b.x) > last(a.x) ? b : a));
+    ends.set(name, total ? { mean: last(total.mean), half: last(total.half), seeds: total.seeds, of: seeds.length, x: last(total.x) }
+      : { mean: last(furthest.y), half: null, seeds: 1, of: seeds.length, x: last(furthest.x) });
     if (hidden.has(key(name))) continue;
     shown.push(...seeds.map((s) => s.y));
     if (total) traces.push(area(total.x, total.mean.map((m, i) => m - total.half[i]), total.mean.map((m, i) => m + total.half[i]),
       transparent(hue, 0.14), name));
     for (const s of seeds) {
-      const text = keys.filter((k) => k in s.run.settings).map((k) => `${k}=${s.run.settings[k]}`);
+      const text = keys.filter((k) => Object.hasOwn(s.run.settings, k)).map((k) => `${k}=${s.run.settings[k]}`);
       const hover = [s.run.name, ...(s.pair ? [`against ${s.pair.name}`] : []), ...text].map(escaped).join("<br>");
       traces.push({ x: s.x, y: s.y, mode: s.x.length === 1 ? "markers" : "lines", name: escaped(s.run.name),
         opacity: total ? 0.4 : 1, line: { color: hue, width: total ? 1 : 2.2, dash: total ? "solid" : dash },
@@ -237,13 +242,16 @@ function say(groups, diff, base, null_, windows, unpaired) {
 
 function families(ends, look, diff) {
   const focused = document.activeElement?.dataset?.family;
-  $("families").replaceChildren(...Object.entries(ends).map(([name, end]) => {
+  const furthest = Math.max(...[...ends.values()].map((e) => e.x));
+  $("families").replaceChildren(...[...ends].map(([name, end]) => {
     const label = element("label"), box = element("input"), swatch = element("span", undefined, "swatch");
     box.type = "checkbox"; box.checked = !hidden.has(key(name)); box.dataset.family = name;
     box.addEventListener("change", () => { box.checked ? hidden.delete(key(name)) : hidden.add(key(name)); draw(); });
     swatch.style.background = look[name].colour;
     const value = diff ? signed(end.mean) : short(end.mean);
-    const spread = end.half === null ? "single seed: no claim" : `± ${end.half.toFixed(4)}, ${end.seeds} seeds`;
+    const seeds = end.seeds === end.of ? `${end.seeds} seeds` : `${end.seeds} of ${end.of} seeds came far enough`;
+    const spread = (end.half !== null ? `± ${end.half.toFixed(4)}, ${seeds}` : end.of > 1 ? `${seeds}: no claim` : "single seed: no claim")
+      + (end.x < 0.99 * furthest ? `, at ${short(end.x)} ${content.labels[$("x").value]}` : "");
     label.append(box, swatch, element("span", name), element("span", `${value} (${spread})`, "dim"));
     return label;
   }));
@@ -256,15 +264,16 @@ const columns = [["run", "run"], ["seed", "seed"], ["tokens", "tokens"], ["loss"
 
 function delta(run, base) {
   const other = base === "" ? null : partner(run, base);
-  if (!other || other === run || !other.validate.tokens || !run.validate.tokens) return null;
-  const pick = (r) => ({ x: r.validate.tokens, y: r.validate.loss });
-  const made = difference(pick(run), pick(other), content.grid);
+  if (!other || other === run || run.final.loss === null || other.final.loss === null) return null;
+  const [mine, theirs] = [run, other].map((r) => series(r, "validate", "tokens", "loss", 1));
+  if (!mine || !theirs) return null;
+  const made = difference(mine, theirs, content.grid);
   return made.y.length ? made.y[made.y.length - 1] : null;
 }
 
 function table(base) {
   const rows = arena().runs.filter(found).map((run) => ({ ...run.final, run: run.name, seed: run.seed, delta: delta(run, base),
-    state: run.finished ? "finished" : "not finished" }));
+    state: (run.finished ? "finished" : "not finished") + (run.final.loss === null ? ", loss not finite" : "") }));
   const { column, down } = sorting, order = down ? -1 : 1;
   rows.sort((a, b) => {
     const [u, v] = [a[column], b[column]];
@@ -302,7 +311,7 @@ function verdicts() {
     const line = (text) => card.append(element("p", text));
     card.append(element("h3", `${arm} against ${d.against} on ${d.plan}`), element("p", v.word, "word"));
     line(v.why + (v.tuned ? "" : "; untuned: every arm at the plan's learning rate") + (trial.over ? "" : "; the trial is not over"));
-    line(`gain ${signed(v.gain)} nats per token (${end(v.low)} to ${end(v.high)}), ${signed(v.gain_bpb)} bits per byte`);
+    if (v.gain !== null) line(`gain ${signed(v.gain)} nats per token (${end(v.low)} to ${end(v.high)}), ${end(v.gain_bpb)} bits per byte`);
     line(`${v.pairs} pairs, p ${short(v.p)} where ${short(v.level)} may be spent`);
     if (v.tuned) line(`learning rate × ${short(v.lr_factor)}`);
     if (v.tokens_ratio) line(`${d.against} needs ${v.tokens_ratio.toFixed(2)} times the tokens for the same loss`);
@@ -319,16 +328,21 @@ function verdicts() {
     for (const [flops, gain] of fit.points) card.append(element("p", `at ${flops.toExponential(2)} FLOPs: gain ${signed(gain)}`));
     cards.push(card);
   }
+  for (const trial of content.trials) if (!Object.keys(trial.arms).length) {
+    const card = element("article", undefined, "card UNDECIDED");
+    card.append(element("h3", trial.name), element("p", `not so far: ${trial.cost.runs} runs done`));
+    cards.push(card);
+  }
   $("verdicts").replaceChildren(...cards);
   $("verdicts-section").hidden = !cards.length && !content.trials.length;
-  const tried = content.trials.map((t, i) => [String(i), t.name]).filter(([i]) => Object.values(content.trials[i].sensitivity).some((v) => v.length));
+  const tried = content.trials.filter((t) => Object.values(t.sensitivity).some((v) => v.length)).map((t) => [t.name, t.name]);
   options($("trial"), tried);
   $("sensitivity-part").hidden = !tried.length;
   if (tried.length) sensitivity();
 }
 
 function sensitivity() {
-  const trial = content.trials[Number($("trial").value)], traces = [];
+  const trial = content.trials.find((t) => t.name === $("trial").value), traces = [];
   Object.entries(trial.sensitivity).forEach(([arm, tries], i) => {
     const hue = arm === trial.design.against ? content.grey : content.colours[(i + content.colours.length - 1) % content.colours.length];
     [...new Set(tries.map((t) => t[0]))].forEach((share, j, shares) => {
@@ -352,9 +366,9 @@ function samples() {
     card.append(element("h3", run.name), label, text);
     label.append(choice);
     options(choice, run.samples.map((s, i) => [String(i), `${short(s.tokens)} tokens`]));
-    const show = () => { text.textContent = run.samples[Number(choice.value)].text; };
-    choice.value = String(run.samples.length - 1);
-    choice.addEventListener("change", show);
+    const show = () => { text.textContent = run.samples[Number(choice.value)].text; }, held = chosenTexts.get(key(run.name));
+    choice.value = run.samples[held] ? String(held) : String(run.samples.length - 1);
+    choice.addEventListener("change", () => { chosenTexts.set(key(run.name), Number(choice.value)); show(); });
     show();
     return card;
   }), ...(runs.length > 24 ? [element("p", `${runs.length - 24} more: search for them above.`)] : []));
@@ -371,7 +385,7 @@ function chooseArena() {
 
 function fill() {
   const twice = (a) => content.arenas.filter((b) => b.name === a.name).length > 1;
-  options($("arena"), content.arenas.map((a, i) => [String(i), twice(a) ? `${a.name} (${a.fingerprint.slice(0, 6)})` : a.name]));
+  options($("arena"), content.arenas.map((a) => [a.key, twice(a) ? `${a.name} (${a.fingerprint.slice(0, 6)})` : a.name]));
   options($("metric"), content.metrics.map((m) => [m, content.labels[m]]));
   options($("x"), Object.keys(content.axes).map((x) => [x, content.labels[x]]));
   $("made").textContent = (content.live ? "live, " : "") + "as of " + content.made;
@@ -382,7 +396,7 @@ function fill() {
 
 function setTheme(name) { document.documentElement.dataset.theme = name; }
 
-setTheme(window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+setTheme(content.preset?.theme ?? (window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
 $("theme").addEventListener("click", () => { setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"); verdicts(); if (content.arenas.length) draw(); });
 $("arena").addEventListener("change", () => { $("baseline").value = ""; $("baseline").replaceChildren(); $("view").value = "diff"; chooseArena(); });
 for (const id of ["view", "baseline", "metric", "x", "kind", "smooth", "logx", "logy"]) $(id).addEventListener("change", draw);
@@ -390,10 +404,15 @@ $("search").addEventListener("input", () => { draw(); samples(); });
 $("controls").addEventListener("submit", (e) => e.preventDefault());
 $("trial").addEventListener("change", sensitivity);
 fill();
-performance.mark("read");
+if (content.preset) {
+  $("x").value = content.preset.x;
+  $("kind").value = content.preset.kind;
+  if (content.arenas.length) draw();
+}
 
 // Plotly takes a second or two to start: only after everything else was painted.
 document.addEventListener("DOMContentLoaded", () => requestAnimationFrame(() => setTimeout(() => {
+  performance.mark("read");
   const script = element("script", $("plotly").textContent);
   document.head.append(script);
   verdicts();
@@ -404,15 +423,15 @@ document.addEventListener("DOMContentLoaded", () => requestAnimationFrame(() => 
 if (content.live) {
   let version = content.version;
   setInterval(async () => {
+    if (document.hidden) return;
     try {
       const answer = await fetch("data.json", { headers: { "If-None-Match": version }, cache: "no-store" });
-      if (answer.status !== 200) return;
-      version = answer.headers.get("ETag");
-      const held = arena(), chosen = held && held.name + held.fingerprint;
-      content = await answer.json();
-      fill();
-      const at = content.arenas.findIndex((a) => a.name + a.fingerprint === chosen);
-      if (at > 0) { $("arena").value = String(at); chooseArena(); }
+      if (answer.status === 304) $("made").textContent = "live, as of " + content.made;
+      else if (answer.status === 200) {
+        version = answer.headers.get("ETag");
+        content = await answer.json();
+        fill();
+      } else $("made").textContent = `the server has a problem (${(await answer.text()).trim()}); as of ${content.made}`;
     } catch (e) {
       $("made").textContent = "the server is gone; as of " + content.made;
     }

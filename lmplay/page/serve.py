@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from ..compare import Curve, any_curve
 from ..errors import LmplayError
 from .write import page
 
 FRESH = 3.0  # seconds for which an answer is given again
-LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+class Memory:
+    """Reads curves, and keeps each until its file or the run.json beside it changes."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Path, tuple[tuple[int, ...], Curve]] = {}
+
+    def __call__(self, path: Path) -> Curve:
+        files = [f for f in (path, path.with_name("run.json")) if f.exists()]
+        stamp = tuple(n for f in files for s in [f.stat()] for n in (s.st_mtime_ns, s.st_size))
+        if path not in self.kept or self.kept[path][0] != stamp:
+            self.kept[path] = stamp, any_curve(path)
+        return self.kept[path][1]
 
 
 class Source:
@@ -31,7 +49,12 @@ class Source:
         """A version, which changes when what is shown does, and the content."""
         with self.lock:
             if time.monotonic() - self.at >= FRESH:
-                found = self.gather()
+                try:
+                    found = self.gather()
+                except OSError as e:  # a run was moved aside while it was read
+                    if self.version:
+                        return self.version, self.content
+                    raise LmplayError(f"runs cannot be read: {e}") from e
                 shown = json.dumps({k: v for k, v in found.items() if k != "made"}, allow_nan=False)
                 version = f'"{hashlib.sha256(shown.encode()).hexdigest()[:16]}"'
                 if version != self.version:
@@ -65,9 +88,16 @@ def server(source: Source, host: str, port: int) -> ThreadingHTTPServer:
             self.answer(200, "application/json", json.dumps(content, allow_nan=False).encode(), version)
 
         def known_host(self) -> bool:
-            """Whether the name that was asked for is ours: or a foreign page could read this one by its own name."""
-            asked = self.headers.get("Host", "").rpartition(":")[0].strip("[]") or self.headers.get("Host", "")
-            return host not in LOCAL or asked in LOCAL
+            """Whether we were asked by an address or a name of ours: or a foreign page could read this one, by having
+            its own name lead here."""
+            asked = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+            if asked in (host, "localhost", socket.gethostname().lower()):
+                return True
+            try:
+                ipaddress.ip_address(asked)
+            except ValueError:
+                return False
+            return True
 
         def answer(self, status: int, kind: str, body: bytes, version: str = "") -> None:
             self.send_response(status)
@@ -84,7 +114,10 @@ def server(source: Source, host: str, port: int) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: Any) -> None:
             """Nothing: requests are no news."""
 
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
     try:
-        return ThreadingHTTPServer((host, port), Handler)
+        return Server((host, port), Handler)
     except OSError as e:
         raise LmplayError(f"{host}:{port} cannot be served: {e.strerror}; --port takes another") from e
