@@ -1,10 +1,12 @@
 """How often lmp_trial is wrong where there is nothing to find: the baseline against itself, in real runs.
 
-    python benchmarks/null_trials.py [--trials 6] [--pairs 9] [--training-plan smoke] [--out FOLDER]
+    python benchmarks/null_trials.py [--trials 6] [--pairs 9] [--plan training_plans/smoke.json] [--out FOLDER]
 
 Each challenger is a copy of gpt2ish whose modules have other names. As the harness draws a module's first numbers by
-its name, it is the same model from other numbers, on the same data in the same order: whatever is found is luck. REAL
-and HARMFUL should come out in no more than one of a hundred.
+its name, it is the same model from other numbers (but for the head's), on the same data in the same order: whatever is
+found is luck. Each trial has runs of its own: its plan has another seed, and so another order of the data. REAL and
+HARMFUL should come out in no more than one of a hundred, which so few trials can only fail to contradict: the level
+itself is held by the simulations in tests/test_verdict.py.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--trials", type=int, default=6)
     p.add_argument("--pairs", type=int, default=9)
-    p.add_argument("--training-plan", default="smoke")
+    p.add_argument("--plan", type=Path, default=GPT2ISH.parents[1] / "training_plans" / "smoke.json")
     p.add_argument("--out", type=Path, help="keep the runs here, and go on from them")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -45,7 +47,10 @@ def main() -> None:
         for i in range(args.trials):
             name = f"null{i}"
             write_null(ideas, name)
-            words = [sys.executable, "-m", "lmplay.cli.trial", "--exp", name, "--training-plan", args.training_plan,
+            plan = json.loads(args.plan.read_text(encoding="utf-8"))
+            path = Path(temporary) / f"{args.plan.stem}{i}.json"
+            path.write_text(json.dumps(plan | {"seed": plan.get("seed", 0) + 1000 * (i + 1)}), encoding="utf-8")
+            words = [sys.executable, "-m", "lmplay.cli.trial", "--exp", name, "--training-plan", str(path),
                      "--max-seeds", str(args.pairs), "--lr", "fixed", "--out", str(out)]  # fmt: skip
             subprocess.run(
                 words, env={**os.environ, "LMP_EXPERIMENTS": str(ideas)}, stdout=subprocess.DEVNULL, check=True
