@@ -55,9 +55,7 @@ def main() -> None:
             subprocess.run(
                 words, env={**os.environ, "LMP_EXPERIMENTS": str(ideas)}, stdout=subprocess.DEVNULL, check=True
             )
-            told = json.loads(
-                (out / "trials" / f"{args.training_plan}-{name}-against-gpt2ish" / "trial.json").read_text()
-            )
+            told = json.loads((out / "trials" / f"{path.stem}-{name}-against-gpt2ish" / "trial.json").read_text())
             v = told["arms"][name]
             counts[v["word"]] = counts.get(v["word"], 0) + 1
             print(
