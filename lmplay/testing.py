@@ -317,15 +317,16 @@ def _signature(s: Subject) -> tuple[Any, ...]:
     return shapes, devices, float(loss.detach()), gradients
 
 
-def check_compiles(s: Subject) -> None:
+def check_compiles(s: Subject, backend: str = "inductor") -> None:
     """torch.compile gives the same loss and gradients, as the trainer uses it: with what weights alone decide held.
 
-    Slow, so not in CHECKS: one variant an idea.
+    Slow, so not in CHECKS: one variant an idea. "aot_eager" traces the same graphs forward and backward, which is what
+    an experiment can break, and spares generating code for them.
     """
     model, batch = s.moved(), s.batch()
     expected = _gradients(s, model, [batch])
     loss = float(s.runner.step(model, batch).loss_sum.detach())
-    compiled: Any = torch.compile(model)
+    compiled: Any = torch.compile(model, backend=backend)
     total = int((batch.targets != IGNORE).sum())
     model.zero_grad(set_to_none=True)
     with s.runner.fixed_weights(model):

@@ -30,7 +30,7 @@ def quadratic(lr: float) -> tuple[float, float, float]:
 
 
 def test_the_points_are_below_the_rate_that_diverges() -> None:
-    steepest, safest, last = quadratic(0.1)
+    steepest, safest, last = quadratic(1.0)
     assert 0.005 < steepest < 2
     assert safest < 2, "beyond it this descent diverges"
     assert 2 < last < 100, "it went on until the loss blew up, and not to the end"
@@ -57,12 +57,15 @@ def test_too_few_steps_are_an_error() -> None:
 
 def test_the_command_draws_and_trains_nothing(command: Command, tmp_path: Path) -> None:
     write_plan(tmp_path)
-    done = command("lmp_trainer", "--exp", "ue", "--training-plan", "tiny.json", "--find-lr", "--mini-batch-size", "8")
+    done = command("lmp_trainer", "--exp", "ue", "--training-plan", "tiny.json", "--find-lr", "--steps", "40")
     assert done.returncode == 0, done.stderr
     said = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
-    assert float(said["plan_lr"]) == 1e-3
     values = pd.read_csv(tmp_path / said["values"])
-    assert float(said["safest_lr"]) == pytest.approx(0.1 * values["lr"][int(np.argmin(values["smoothed"]))], rel=0.01)
+    lowest = int(np.argmin(values["smoothed"]))
+    if lowest < len(values) - 1:
+        assert float(said["safest_lr"]) == pytest.approx(0.1 * values["lr"][lowest], rel=0.01)
+    else:
+        assert said["safest_lr"].startswith("unknown: the loss still fell at ")
     assert 1e-6 < float(said["steepest_lr"]) < 0.1
     assert (tmp_path / said["picture"]).stat().st_size > 5000
     assert {p.suffix for p in (tmp_path / "gpt_out").iterdir()} == {".png", ".csv"}, "no run was begun"

@@ -37,7 +37,7 @@ def only_run(folder: Path) -> Path:
 
 def test_killed_at_random_moments_and_resumed_it_is_equal_to_the_bit(tmp_path: Path) -> None:
     """At least ten SIGKILLs in one run, wherever they fall: between steps, in a save, in validation."""
-    steps = 400
+    steps = 250
     changes = {"steps": [{"datasets": ["words"], "steps": steps}], "optimizer": {"name": "adamw", "lr": 1e-3}}
     folders = [tmp_path / n for n in ("whole", "killed")]
     for folder in folders:
@@ -57,7 +57,7 @@ def test_killed_at_random_moments_and_resumed_it_is_equal_to_the_bit(tmp_path: P
         while process.poll() is None and (not train.exists() or train.stat().st_size == start):
             time.sleep(0.005)  # until it trains, so that the kill falls into the loop
         time.sleep(dice.uniform(0.0, 0.12))
-        if attempt < 14 and process.poll() is None:
+        if attempt < 11 and process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         if process.wait(timeout=120) == 0:
