@@ -133,14 +133,21 @@ def draw(
         bands = ", bands of 95 % (Student's t)" if any(found for _, found in groups.values()) else ""
         ax.set_title(f"{curves[0].plan}: {style.kind}, {window}{bands}", loc="left", fontsize=11)
         fig.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)  # inside it would cover curves
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fig.savefig(path)
-        except (OSError, ValueError) as e:
-            raise LmplayError(f"{path}: the figure could not be written: {e}") from e
-        finally:
-            plt.close(fig)
+        _save(fig, path)
     return True
+
+
+def _save(fig: Any, path: Path) -> None:
+    """Write a figure and let go of it."""
+    from matplotlib import pyplot as plt
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path)
+    except (OSError, ValueError) as e:
+        raise LmplayError(f"{path}: the figure could not be written: {e}") from e
+    finally:
+        plt.close(fig)
 
 
 def draw_range(path: Path, found: Range, title: str) -> None:
@@ -167,13 +174,7 @@ def draw_range(path: Path, found: Range, title: str) -> None:
     ax.set_title(title, loc="left", fontsize=11)
     ax.grid(True, lw=0.5, color=THEMES["light"]["grid"])
     ax.legend(frameon=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path)
-    except (OSError, ValueError) as e:
-        raise LmplayError(f"{path}: the figure could not be written: {e}") from e
-    finally:
-        plt.close(fig)
+    _save(fig, path)
 
 
 Line = tuple[Curve, np.ndarray, np.ndarray, np.ndarray | None]
