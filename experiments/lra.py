@@ -111,7 +111,6 @@ class LearnedAdd(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.width = c.embed_dim if c.per_feature else 1
-        self.source = c.factors
         read = {"trained": 0, "linear": 2 * c.embed_dim, "mlp": c.embed_dim}[c.factors]
         self.hidden = Linear(2 * c.embed_dim, c.embed_dim) if c.factors == "mlp" else None
         self.weight = nn.Parameter(torch.empty(2 * self.width, read)) if read else None

@@ -38,7 +38,7 @@ class Config:
     num_blocks: int = 12
     embed_dim: int = 768
     num_heads: int = 12
-    queries_per_kv: int = 3  # CHANGED: heads that share a key and a value
+    queries_per_kv: int = 3  # CHANGED: heads that share a key and a value; at most, of those that divide num_heads
     ff_dim: int = 0  # CHANGED: 0: 4 embed_dim for gelu, 19/6 embed_dim for swiglu, about as many weights
     max_len: int = 2689
     vocab_size: int = 12544
@@ -53,8 +53,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of queries_per_kv {self.queries_per_kv}")
+        if self.queries_per_kv < 1:
+            raise ValueError(f"queries_per_kv must be 1 or more, not {self.queries_per_kv}")
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head size, embed_dim / num_heads is {self.head_dim}")
         if not 0 <= self.dropout < 1:
@@ -68,7 +68,8 @@ class Config:
 
     @property
     def num_kv_heads(self) -> int:
-        return max(1, self.num_heads // self.queries_per_kv)
+        most = min(self.queries_per_kv, self.num_heads)
+        return self.num_heads // max(n for n in range(1, most + 1) if self.num_heads % n == 0)
 
     @property
     def inner(self) -> int:

@@ -80,7 +80,7 @@ class MemoryLinear(nn.Module):
         self.std = std
         self.select = nn.Parameter(torch.empty(cells, in_features))  # W_s
         self.weight = nn.Parameter(torch.empty(out_features, cells, in_features))
-        self.bias = nn.Parameter(torch.empty(cells, out_features))
+        self.bias = nn.Parameter(torch.empty(cells * out_features))  # flat: as a matrix it would decay
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -93,7 +93,9 @@ class MemoryLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         p = F.linear(x, self.select).softmax(-1)  # (B, t, C)
         each = p.to(x.dtype).unsqueeze(-1) * x.unsqueeze(-2)  # (B, t, C, in)
-        return F.linear(each.flatten(-2), self.weight.flatten(1)) + p.to(self.bias.dtype) @ self.bias
+        return F.linear(each.flatten(-2), self.weight.flatten(1)) + p.to(self.bias.dtype) @ self.bias.view(
+            p.shape[-1], -1
+        )
 
 
 def linear(name: str, in_features: int, out_features: int, c: Config, std: float = 0.02) -> nn.Module:

@@ -107,9 +107,9 @@ class FrontTable(nn.Embedding):
         nn.init.normal_(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        if self.on_cpu:
-            self.weight.data = self.weight.data.cpu()
+        if not self.on_cpu:
+            return super()._apply(fn, recurse)
+        self.weight.data = self.weight.data.to(fn(self.weight.data[:0]).dtype)  # it may not fit elsewhere at all
         return self
 
 

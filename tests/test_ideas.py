@@ -200,7 +200,7 @@ def test_mixed_linear_is_a_mixture_of_layers() -> None:
         nn.init.normal_(p)
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     p = (x @ layer.select.T).softmax(-1)
-    each = torch.stack([F.linear(x, layer.weight[:, c], layer.bias[c]) for c in range(3)], -1)
+    each = torch.stack([F.linear(x, layer.weight[:, c], layer.bias.view(3, 6)[c]) for c in range(3)], -1)
     torch.testing.assert_close(layer(x), (each * p.unsqueeze(-2)).sum(-1))
 
 
