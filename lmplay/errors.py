@@ -22,6 +22,11 @@ class NotFiniteError(LmplayError):
     exit_status = 3
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, short."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' for the nearest of `known`, or the list of what there is when none is near."""
     known = sorted(known)

@@ -239,7 +239,7 @@ def test_fitted_rates_are_those_that_made_the_session() -> None:
     for side in (BID, ASK):
         assert rates.limit[side][:5] == pytest.approx(zero_intelligence.CST_LIMIT[:5], rel=0.3)
         assert rates.cancel[side][:4] == pytest.approx(zero_intelligence.CST_CANCEL[:4], rel=0.4)
-    with pytest.raises(ValueError, match="no events"):
+    with pytest.raises(LmplayError, match="no rates"):
         zero_intelligence.fit(iter([]))
 
 

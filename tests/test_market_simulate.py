@@ -150,7 +150,8 @@ CANCEL_OF_2 = Message(0, CANCEL, BID, -1, 7, 0, 5, 105, -1, 7, 20)
         ({"ref_time": 21}, "reference", True, (CANCEL, 2, 7)),  # of its size
         ({"ref_size": 6}, "reference", True, (CANCEL, 2, 7)),  # of its time
         ({"ref_size": 6, "ref_time": 21}, "reference", True, (CANCEL, 1, 5)),  # the front, and no more than it has
-        ({"size": 8}, "size", True, (CANCEL, 2, 7)),
+        ({"size": 8}, "valid", True, (CANCEL, 2, 7)),  # at least what is left: a delete
+        ({"kind": EXECUTE, "ref_size": 5, "ref_time": 10, "size": 6}, "size", True, (EXECUTE, 1, 5)),
         ({"size": 0}, "size", True, None),
         ({"kind": EXECUTE}, "front", True, (EXECUTE, 1, 5)),
         ({"kind": EXECUTE, "ref_size": 5, "ref_time": 10, "size": 3}, "valid", True, (EXECUTE, 1, 3)),
@@ -212,12 +213,17 @@ def test_a_book_mask_leaves_only_what_rests() -> None:
 
 def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path) -> None:
     shown: list[str] = []
-    reader, folder = fresh_reader(told, 2), tmp_path / "generated"
+    reader = fresh_reader(told, 2)
+    mine = tmp_path / "generated" / "AAPL_2012-06-21_34200000_57600000_message_10.csv"
+    mine.parent.mkdir()
+    mine.touch()
 
     def show(progress: float, line: str) -> None:
         shown.append(line)
 
-    result = session_run.simulate(told, M, reader, LENGTH, Extent(2, 10.0, 25), Settings(), folder, show)
+    result = session_run.simulate(told, M, reader, LENGTH, Extent(2, 10.0, 25), Settings(), tmp_path, show)
+    assert mine.exists(), "somebody's own market in the same folder"
+    mine.unlink()
     assert result["messages"] == 50
     assert not result["interrupted"]
     assert 0 <= result["share_outside_the_model"] <= 1
@@ -228,18 +234,22 @@ def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path)
     assert len(tapes) == 2
     assert sum(len(t.messages) for t in tapes) == len(frame)
     assert frame.groupby("market")["message"].nunique().tolist() == [25, 25]
-    mine = frame[frame["market"] == 0].reset_index(drop=True)
-    assert (mine["time"] == tapes[0].messages["time"]).all()
-    assert (mine["price"] == tapes[0].messages["price"]).all()
+    first = frame[frame["market"] == 0].reset_index(drop=True)
+    assert (first["time"] == tapes[0].messages["time"]).all()
+    assert (first["price"] == tapes[0].messages["price"]).all()
     session_run.write_real(told, tmp_path / "real")
     [real] = score.read(tmp_path / "real")
     assert len(real.messages) >= len(told.messages) - told.start
     session_run.write_baseline(told, Extent(2, 10.0, 25), tmp_path / "baseline", 0)
     assert len(score.read(tmp_path / "baseline")) == 2
     assert not list(tmp_path.rglob("*.tmp"))
-    again = session_run.simulate(told, M, fresh_reader(told, 1), LENGTH, Extent(1, 10.0, 5), Settings(), folder, show)
+    with pytest.raises(LmplayError):  # it cannot begin: nothing goes
+        session_run.simulate(told, M, reader, LENGTH, Extent(10**6, 10.0, 25), Settings(), tmp_path, show)
+    assert len(score.read(tmp_path / "generated")) == 2
+    again = session_run.simulate(told, M, fresh_reader(told, 1), LENGTH, Extent(1, 10.0, 5), Settings(), tmp_path, show)
     assert again["messages"] == 5
-    assert len(score.read(folder)) == 1, "the second market of before is gone"
+    assert len(score.read(tmp_path / "generated")) == 1, "the second market of before is gone"
+    assert not list((tmp_path / "baseline").glob("*.csv")), "or it would be compared with another simulation"
 
 
 def test_an_interrupt_leaves_whole_files_of_what_was_simulated(told: Told, tmp_path: Path) -> None:
@@ -249,7 +259,7 @@ def test_an_interrupt_leaves_whole_files_of_what_was_simulated(told: Told, tmp_p
     reader = fresh_reader(told, 2)
     result = session_run.simulate(told, M, reader, LENGTH, Extent(2, 10.0, 25), Settings(), tmp_path, stop)
     assert result["interrupted"]
-    assert sum(len(t.messages) for t in score.read(tmp_path)) >= result["messages"] == 2
+    assert sum(len(t.messages) for t in score.read(tmp_path / "generated")) >= result["messages"] == 2
     assert not list(tmp_path.rglob("*.tmp"))
 
 

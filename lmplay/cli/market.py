@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import LmplayError, nearest
+from ..files import whole, write_json, write_text
 from . import ending
-from .trainer import parse_overrides, positive_int
+from .trainer import parse_overrides, positive_float, positive_int
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
     s = commands.add_parser("simulate", help="run a trained model against live order books")
     _model_options(s)
-    s.add_argument("--minutes", type=float, default=10.0, metavar="N", help="of each market's own time (10)")
+    s.add_argument("--minutes", type=positive_float, default=10.0, metavar="N", help="of each market's own time (10)")
     s.add_argument("--messages", type=positive_int, metavar="N", help="end a market after so many messages")
     s.add_argument("--markets", type=positive_int, default=8, metavar="N", help="independent markets at once (8)")
     s.add_argument("--no-grammar", action="store_true", help="let any token follow any (with --no-book)")
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--save", type=Path, metavar="DIR", help="where the tables go (RUN/market)")
 
     s = commands.add_parser("generate", help="a market of the embedded zero-intelligence generator")
-    s.add_argument("--minutes", type=float, default=10.0, metavar="N")
+    s.add_argument("--minutes", type=positive_float, default=10.0, metavar="N")
     s.add_argument("--seed", type=int, default=0)
     s.add_argument("--save", type=Path, default=Path("generated_market"), metavar="DIR", help="(generated_market)")
     return p
@@ -71,9 +71,6 @@ def _model_options(p: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if getattr(args, "minutes", 1.0) <= 0:
-        print("lmp_market: --minutes must be above 0", file=sys.stderr)
-        return 2
     commands = {"simulate": simulate, "score": score, "perplexity": perplexity, "generate": generate}
     return ending("lmp_market", lambda: commands[args.what](args))
 
@@ -118,15 +115,16 @@ def _told(args: argparse.Namespace, restored: Restored, messages: Messages) -> T
         plan = load_plan(find_plan(args.training_plan))
     else:
         plan = parse_plan(restored.run.read()["plan"], str(restored.run.path))
-    spec = plan.datasets[plan.used_datasets[0]]
-    if not isinstance(spec, MarketSource):
+    specs = [plan.datasets[name] for name in plan.used_datasets]
+    markets = [spec for spec in specs if isinstance(spec, MarketSource)]
+    if len(markets) < len(specs):
         where = f"--training-plan {args.training_plan}" if args.training_plan else str(restored.run.path)
         raise LmplayError(f"{where}: its data are no market's")
     if args.ticker and args.ticker not in messages.tickers:
         raise LmplayError(
             f"--ticker {args.ticker}: the model knows no such ticker{nearest(args.ticker, messages.tickers)}"
         )
-    sessions = open_sessions(spec, messages.tickers)
+    sessions = (s for spec in markets for s in open_sessions(spec, messages.tickers))
     session = next((s for s in sessions if not args.ticker or s.ticker == args.ticker), None)
     if session is None:
         raise LmplayError(f"--ticker {args.ticker}: the data have no such ticker")
@@ -134,16 +132,9 @@ def _told(args: argparse.Namespace, restored: Restored, messages: Messages) -> T
     return Told(session, messages.tickers.index(session.ticker), plan.validation.fraction)
 
 
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    temporary.replace(path)
-
-
 def _write_csv(path: Path, table: pd.DataFrame) -> None:
-    temporary = path.with_suffix(".tmp")
-    table.to_csv(temporary)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        table.to_csv(temporary)
 
 
 def _print_table(title: str, table: pd.DataFrame) -> None:
@@ -188,20 +179,14 @@ def simulate(args: argparse.Namespace) -> int:
         report.note(f"every token reads the whole context again ({why}): slow")
     with report:
         try:
-            with_weights = runner.fixed_weights(model)
-            with with_weights:
+            with runner.fixed_weights(model):
                 result = session_run.simulate(
-                    told, messages, reader, length, extent, settings, folder / "generated",
+                    told, messages, reader, length, extent, settings, folder,
                     lambda progress, line: report.show(line, progress),
                 )  # fmt: skip
         except KeyboardInterrupt:
             raise LmplayError("interrupted before the first message; nothing was written") from None
-    session_run.write_real(told, folder / "real")
-    session_run.clear(folder / "baseline")  # or an earlier simulation's would be compared
-    if not args.no_baseline and not result["interrupted"]:
-        report.note("simulating the zero-intelligence markets ...")
-        session_run.write_baseline(told, extent, folder / "baseline", args.seed)
-    _write_json(folder / "generated" / "report.json", {"model": str(restored.found.path), **result})
+    write_json(folder / "generated" / "report.json", {"model": str(restored.found.path), **result})
     validity = pd.DataFrame(result["validity"]).T
     _print_table("what became of the sampled messages, by kind (shares)", validity)
     print(
@@ -209,7 +194,12 @@ def simulate(args: argparse.Namespace) -> int:
         f"{result['tokens_per_second']:.0f} tokens/s, {result['share_outside_the_model']:.1%} of the time outside of "
         f"the model; {result['messages_per_market_second']:.1f} messages per second of the market"
     )
-    print(f"files: {folder}\ncompare: lmp_market score {folder / 'real'} {folder / 'generated'}")
+    session_run.write_real(told, folder / "real")
+    if not args.no_baseline and not result["interrupted"]:
+        report.note("simulating the zero-intelligence markets ...")
+        session_run.write_baseline(told, extent, folder / "baseline", args.seed)
+    tick = "" if told.session.tick == 100 else f" --tick {told.session.tick}"
+    print(f"files: {folder}\ncompare: lmp_market score {folder / 'real'} {folder / 'generated'}{tick}")
     if result["interrupted"]:
         print("lmp_market: interrupted; what was simulated until then is written", file=sys.stderr)
         return 130
@@ -280,9 +270,7 @@ def _write_page(path: Path, distances: pd.DataFrame, facts: pd.DataFrame, made: 
         f"{distances.to_html()}<h2>Stylised facts</h2>{facts.to_html(float_format='{:.4g}'.format)}{images}"
         "</html>"
     )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page)
 
 
 def perplexity(args: argparse.Namespace) -> int:

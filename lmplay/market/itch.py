@@ -53,11 +53,11 @@ def _events(path: Path, ticker: str, tick: int, market: Market, findings: Findin
         side, price, left = (order.side, order.price, order.size) if order else (BID, 0, 1)
         event = Event(message.timestamp, CANCEL, side, price, left, id)  # a delete
         if kind == b"U":
-            mine.add(message.new_order_reference_number)
-            new = _ticks(message.price, tick, findings, number)
-            if new is None:
-                continue
-            event = event._replace(kind=REPLACE, price=new, size=message.shares, new=message.new_order_reference_number)
+            price = _ticks(message.price, tick, findings, number)
+            if price is not None:  # else the old order goes, and the new one never comes
+                id = message.new_order_reference_number
+                mine.add(id)
+                event = event._replace(kind=REPLACE, price=price, size=message.shares, new=id)
         elif kind == b"X":
             event = event._replace(size=message.cancelled_shares)
         elif kind == b"E":

@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from ..files import whole
 from .score import EVENT_TYPES, HORIZON, STATISTICS, Tape, edges, values
 
 COLOURS = {"real": "#222222", "generated": "#0072b2", "baseline": "#d55e00"}
@@ -24,10 +25,9 @@ Markets = dict[str, list[Tape]]  # "real", "generated" and, where there is one, 
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=110)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
-    temporary.replace(path)
     return path
 
 
@@ -109,14 +109,14 @@ def distributions(markets: Markets, table: pd.DataFrame, path: Path) -> Path:
     columns = 3
     rows = -(-len(STATISTICS) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(11, 2.1 * rows), layout="constrained")
-    for ax, (name, (statistic, whole)) in zip(axes.flat, STATISTICS.items(), strict=False):
+    for ax, (name, (statistic, discrete)) in zip(axes.flat, STATISTICS.items(), strict=False):
         found = {k: values(tapes, statistic) for k, tapes in markets.items()}
         real = found["real"]
         if len(real):
             low, high = np.percentile(real, (0.5, 99.5))
-            borders = edges(real, real, whole)
-            borders = borders[(borders >= low - 1) & (borders <= high + 1)] if whole else np.linspace(low, high, 40)
-            shift = 0.5 if whole else 0.0
+            borders = edges(real, real, discrete)
+            borders = borders[(borders >= low - 1) & (borders <= high + 1)] if discrete else np.linspace(low, high, 40)
+            shift = 0.5 if discrete else 0.0
             for k, v in found.items():
                 if len(v) and len(borders) > 1:
                     weights = np.full(len(v), 1 / len(v))

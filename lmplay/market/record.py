@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..files import whole
 from .events import ADD, KINDS, Event, Market
 from .lobster import Writer
 
@@ -45,6 +46,5 @@ class Tape:
 def write_parquet(path: Path, tapes: list[Tape]) -> None:
     """All tapes' rows, whole or not at all."""
     frame = pd.DataFrame([row for tape in tapes for row in tape.rows], columns=list(COLUMNS))
-    temporary = path.with_suffix(".tmp")
-    frame.to_parquet(temporary, index=False)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        frame.to_parquet(temporary, index=False)

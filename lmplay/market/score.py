@@ -65,6 +65,12 @@ def _read(path: Path, tick: int) -> Tape:
     if len(messages) != len(book):
         raise LmplayError(f"{path}: {len(messages)} messages, but {len(book)} rows in {book_path.name}")
     messages["time"] = times
+    off = messages["type"].isin((1, 2, 3, 4)) & (messages["price"] % tick != 0)
+    if off.any():
+        line = int(off.argmax())
+        raise LmplayError(
+            f"{path}, line {line + 1}: the price {messages['price'][line]} is off the grid of {tick}: another --tick?"
+        )
     messages["price"] //= tick
     wide = np.full((len(book), 4 * LEVELS), np.nan)
     wide[:, : min(book.shape[1], 4 * LEVELS)] = book[:, : 4 * LEVELS]

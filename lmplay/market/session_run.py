@@ -61,17 +61,21 @@ def simulate(
     told: Told, messages: Messages, reader: Reader, length: int, extent: Extent, settings: Settings, folder: Path,
     show: Show,
 ) -> dict[str, Any]:  # fmt: skip
-    """Simulate, write the files to `folder`, and return what there is to tell.
+    """Simulate, write the files to `folder`/generated, and return what there is to tell.
+
+    What an earlier simulation left in `folder` goes when this one can begin, or `score` would compare with it.
 
     An interrupt (Ctrl-C) ends it after the round: what was simulated until then is written, and "interrupted" is True.
 
     Raises:
         LmplayError: too many messages in a row were rejected; what was simulated until then is written as well.
     """
-    clear(folder)
     begins = beginnings(told, extent.markets)
     markets = told.markets(begins)
     simulator = Simulator(reader, messages, markets, [context_of(told, messages, b, length) for b in begins], settings)
+    for part in ("generated", "real", "baseline"):
+        clear(folder / part)
+    folder = folder / "generated"
     ends = [min(m.time + int(extent.minutes * MINUTE), DAY) for m in markets]
     starts = [m.time for m in markets]
     tapes = [_tape(folder, m, told.session, i) for i, m in enumerate(markets)]
@@ -133,8 +137,13 @@ def _tape(folder: Path, market: Market, session: Session, number: int) -> Tape:
 
 
 def clear(folder: Path) -> None:
-    """Take away what an earlier simulation left, of which `score` would read the files that are not written again."""
-    for pattern in ("*_message_*.csv", "*_orderbook_*.csv", "*_message_*.tmp", "*_orderbook_*.tmp", "events.parquet"):
+    """Take away what an earlier simulation left, of which `score` would read the files that are not written again.
+
+    Nothing else: somebody's own market may lie in the same folder.
+    """
+    ours = "*_market[0-9][0-9]*_0_0_{}_*.{}"
+    patterns = [ours.format(kind, end) for kind in ("message", "orderbook") for end in ("csv", "tmp")]
+    for pattern in (*patterns, "events.parquet", "report.json"):
         for path in folder.glob(pattern):
             path.unlink()
 

@@ -101,8 +101,8 @@ def judge(market: Market, message: Message, readable: bool) -> tuple[str, Order 
         return "reference", None
     if message.kind in (EXECUTE, EXECUTE_AT) and market.book.front(order.side, order.price) is not order:
         return "front", order
-    if message.size <= 0 or (message.kind != REPLACE and message.size > order.size):
-        return "size", order
+    if message.size <= 0 or (message.kind in (EXECUTE, EXECUTE_AT) and message.size > order.size):
+        return "size", order  # a cancel of more than rests is a delete
     return VALID, order
 
 

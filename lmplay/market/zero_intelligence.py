@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..errors import LmplayError
 from .book import ASK, BID, Order
 from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, MAX_SIZE, REPLACE, Event, Market, Message
 from .sessions import Findings, Session
@@ -207,7 +208,7 @@ def fit(replayed: Iterable[tuple[Event, Message, Market]], reach: int = 999) -> 
     Distances are those before an event, up to `reach` ticks; a replace counts as a cancel and an add.
 
     Raises:
-        ValueError: there are no events, or they take no time.
+        LmplayError: there are no events, or they take no time.
     """
     limit, gone = np.zeros((2, reach)), np.zeros((2, reach))
     exposure = np.zeros((2, reach))  # orders times seconds
@@ -238,7 +239,7 @@ def fit(replayed: Iterable[tuple[Event, Message, Market]], reach: int = 999) -> 
             trades[message.side] += 1
             trade_sizes.append(message.size)
     if not sizes or seconds <= 0:
-        raise ValueError("there are no events to measure rates with")
+        raise LmplayError("zero-intelligence markets: no order is added in the part that is not held out: no rates")
     # Where few orders ever were, a ratio is noise: the whole side's rate is blended in, with the weight of 10 seconds.
     overall = gone.sum(1, keepdims=True) / np.maximum(exposure.sum(1, keepdims=True), 1e-9)
     cancel = (gone + 10 * overall) / (exposure + 10)
