@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import LmplayError
+from .errors import LmplayError, first_line
 from .trial import Design, Result, Unit
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def open_storage(where: str) -> Any:
         Path(where).parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(where))
     except Exception as e:  # each kind of storage has errors of its own
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise LmplayError(f"--storage {where}: it cannot be opened: {reason}") from e
+        raise LmplayError(f"--storage {where}: it cannot be opened: {first_line(e)}") from e
 
 
 class Board:

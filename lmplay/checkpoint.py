@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .errors import LmplayError
+from .files import write_json
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -48,17 +49,6 @@ class Checkpoint:
             return load_file(self.path / f"{name}.safetensors")
         except (OSError, safetensors.SafetensorError) as e:
             raise LmplayError(f"{self.path / name}.safetensors: it cannot be read: {e}") from e
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name, put it on the disk, and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _sync_folder(path: Path) -> None:

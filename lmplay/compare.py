@@ -6,6 +6,7 @@ is causal and the same for every curve of a figure.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -67,18 +68,12 @@ def read_curve(path: Path) -> pd.DataFrame:
     try:
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
-        frame = pd.read_csv(_buffer(whole))
+        frame = pd.read_csv(io.StringIO(whole))
     except (OSError, ValueError, pd.errors.ParserError) as e:
         raise LmplayError(f"{path}: this curve cannot be read: {e}") from e
     if frame.empty:
         raise LmplayError(f"{path}: this curve has no rows yet")
     return frame
-
-
-def _buffer(text: str) -> Any:
-    import io
-
-    return io.StringIO(text)
 
 
 def collect(
@@ -151,7 +146,7 @@ def own_curve(path: Path) -> Curve:
         return Curve(
             path.parent.name,
             str(run["plan_name"]),
-            str(identity["plan"]),
+            f"{identity['plan']}-{identity.get('data', '')}",  # a plan names its files; what is in them may change
             str(run.get("label", identity["variant"])),
             path,
             read_curve(path),
@@ -180,9 +175,9 @@ def by_arena(curves: Iterable[Curve]) -> dict[tuple[str, str], list[Curve]]:
 
 
 def baseline_of(curves: Sequence[Curve], target: str | None) -> Curve | None:
-    """The curve that differences are taken to: the one named, or the newest run of gpt2ish itself.
+    """The curve that differences are taken to: the one named, or the first run of gpt2ish by name.
 
-    Without a name, a run of gpt2ish without overrides comes first. Never silently another.
+    Runs without overrides come first. Never silently another.
 
     Raises:
         LmplayError: `target` names none of them.
@@ -217,6 +212,13 @@ def partners(curves: Sequence[Curve], baseline: Curve | None, target: str | None
         same_precision = [c for c in same_seed if c.precision == curve.precision]
         partner[curve.path] = next(iter([*same_precision, *same_seed]), baseline)
     return partner
+
+
+def unpaired(curves: Sequence[Curve], partner: dict[Path, Curve]) -> list[Curve]:
+    """The runs without a partner of their own seed, where others have one: no difference of pairs is theirs."""
+    if len({other.path for other in partner.values()}) < 2:
+        return []
+    return [c for c in curves if partner[c.path].seed != c.seed]
 
 
 def series(curve: Curve, x: str, metric: str) -> tuple[np.ndarray, np.ndarray] | None:

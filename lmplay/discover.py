@@ -194,6 +194,15 @@ def find(name: str) -> tuple[Source, str]:
     return holders[0], name if name in holders[0].variants else next(iter(holders[0].variants))
 
 
+def find_baseline(source: Source) -> tuple[Source, str]:
+    """The experiment and variant that an idea is compared with: a variant of its own file, or what the name finds.
+
+    Raises:
+        LmplayError: as :func:`find`.
+    """
+    return (source, source.baseline) if source.baseline in source.variants else find(source.baseline)
+
+
 def _refuse_broken(source: Source) -> None:
     if source.broken:
         raise LmplayError(f"{source.path}: this experiment cannot be used: {source.broken}")
@@ -228,8 +237,9 @@ class Experiment:
         except (ValueError, TypeError, ArithmeticError) as e:
             raise LmplayError(f"{self.variant}: these settings do not go together: {e}") from e
         for key in ("num_blocks", "embed_dim", "num_heads", "num_kv_heads", "max_len", "vocab_size"):
-            if getattr(config, key, 1) < 1:
-                raise LmplayError(f"{self.variant}: {key} must be 1 or more, not {getattr(config, key)}")
+            value = getattr(config, key, None)
+            if value is not None and value < 1:
+                raise LmplayError(f"{self.variant}: {key} must be 1 or more, not {value}")
         for key in ("max_len", "vocab_size"):  # they decide which tokens are read, and that is the plan's
             if key in sizes and getattr(config, key) != sizes[key]:
                 raise LmplayError(

@@ -57,7 +57,7 @@ def adopt(runner: ModelRunner, model: nn.Module, source: Restored, say: Callable
 def freeze(model: nn.Module, frozen: tuple[str, ...], train_only: tuple[str, ...]) -> list[str]:
     """Take parameters out of training: those that match a pattern of `frozen`, or none of `train_only`.
 
-    Returns their names.
+    What the experiment itself does not train stays so. Returns the names that were taken out.
 
     Raises:
         LmplayError: a pattern matches no parameter, or nothing is left to train.
@@ -72,9 +72,9 @@ def freeze(model: nn.Module, frozen: tuple[str, ...], train_only: tuple[str, ...
         chosen = not train_only or any(fnmatch(name, p) for p in train_only)
         return chosen and not any(fnmatch(name, p) for p in frozen)
 
-    left_out = [name for name in names if not stays(name)]
-    if len(left_out) == len(names):
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and not stays(name)]
+    for name in left_out:
+        model.get_parameter(name).requires_grad_(False)
+    if left_out and not any(p.requires_grad for p in model.parameters()):
         raise LmplayError("--freeze, --train-only: nothing is left to train")
-    for name, p in model.named_parameters():
-        p.requires_grad_(stays(name))
     return left_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import uuid
 from dataclasses import asdict, dataclass, replace
@@ -15,14 +16,15 @@ from .api import Batch
 from .data.packing import mixtures
 from .data.shards import Prepared
 from .devices import Precision, describe_device
-from .discover import Experiment, find, load
-from .errors import LmplayError
+from .discover import Experiment, find_baseline, load
+from .errors import LmplayError, first_line
+from .files import write_text
 from .match import Match, beside, match, measure
 from .plan import Plan
 from .probe import to_batch
-from .report import Report, first_line
+from .report import Report
 from .restore import Restored, locate, restore
-from .runs import RUN_FILE, RunFolder, folder_name, git_state, identity
+from .runs import RUN_FILE, RunFolder, folder_name, git_state, identity, source_digest
 from .trainer import Options, Start, Stopped, Trainer
 
 
@@ -75,27 +77,31 @@ def sized_config(job: Job, vocab: int) -> Any:
 
 
 def sample_batch(job: Job, config: Any, prepared: Prepared) -> tuple[Batch, int]:
-    """A real sequence to measure a model's cost with, and how many of them an optimizer step has."""
-    arrays = mixtures(job.plan, prepared, config.max_len)[0].batch(0, 1)
-    return to_batch(arrays, slice(None), job.device), job.plan.batch.batch_size
+    """Real sequences to measure a model's cost with, and how many such passes an optimizer step has.
+
+    What is shared by a mini-batch, as UE's distinct tokens, is counted right where its size is given; else by one
+    sequence, since the size is found by trying later.
+    """
+    whole = job.plan.batch.batch_size
+    size = min(job.request.mini_batch_size or 1, whole)
+    arrays = mixtures(job.plan, prepared, config.max_len)[0].batch(0, size)
+    return to_batch(arrays, slice(None), job.device), math.ceil(whole / size)
 
 
 def baseline_job(job: Job) -> Job:
-    """The job's baseline on the same plan: a variant of the same file, or what the name finds.
+    """The job's baseline on the same plan.
 
     Raises:
         LmplayError: there is no such experiment.
     """
-    source = job.experiment.source
-    own = source.baseline in source.variants
-    return replace(job, experiment=load(*((source, source.baseline) if own else find(source.baseline))), overrides={})
+    return replace(job, experiment=load(*find_baseline(job.experiment.source)), overrides={})
 
 
 def run_folder(job: Job, settings: dict[str, str]) -> RunFolder:
     """Where the job's run lies: settings, and how it was budgeted and begun, are in the name."""
     asked = job.request
     budgets = ((asked.tokens, "tokens"), (asked.steps, "steps"), (asked.minutes, "min"))
-    extras = [f"{value:g}{unit}" for value, unit in budgets if value]
+    extras = [f"{value:g}{unit}" if unit == "min" else f"{value}{unit}" for value, unit in budgets if value]
     extras += [job.precision.name] if job.precision.name != "fp32" else []
     extras += [f"from={asked.initial_model.resolve().name}"] if asked.initial_model else []
     extras += [f"freeze={p}" for p in asked.freeze] + [f"train_only={p}" for p in asked.train_only]
@@ -110,7 +116,7 @@ def recorded(folder: RunFolder) -> dict[str, Any]:
 def matched(job: Job, config: Any, what: str, prepared: Prepared) -> tuple[Job, Any, Match]:
     """The job that trains the baseline at the experiment's size, its Config, and how it was found.
 
-    A run that is there already keeps the size it began with.
+    A run that is there already keeps the size it began with, as long as the idea's code is the same.
 
     Raises:
         LmplayError: the experiment is the baseline.
@@ -121,13 +127,14 @@ def matched(job: Job, config: Any, what: str, prepared: Prepared) -> tuple[Job, 
     to = "-".join([job.experiment.variant, *(f"{k}={v}" for k, v in sorted(job.overrides.items()))])
     plain = baseline_job(job)
     known = {} if job.request.fresh else recorded(run_folder(plain, {f"match_{what}": to}))
-    if "match" in known:
+    digest = source_digest(source.path)
+    if "match" in known and known["match"].get("of") == digest:
         found = Match(**known["match"])
     else:
         job.report.note(f"looking for the size of {source.baseline} that matches {to} ...")
         wanted = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
         base_config = sized_config(plain, prepared.tokenizer.vocab_size)
-        found = match(wanted, to, plain.experiment, base_config, what, job.device)
+        found = replace(match(wanted, to, plain.experiment, base_config, what, job.device), of=digest)
     job.report.note(found.sentence())
     chosen = replace(plain, overrides={found.field: str(found.value)})
     return chosen, sized_config(chosen, prepared.tokenizer.vocab_size), found
@@ -168,9 +175,10 @@ class Run:
         job, asked = self.job, self.job.request
         if asked.initial_model is None:
             return None
-        held = {} if asked.fresh else recorded(self.folder).get("identity", {})
-        if "initial" in held and any(self.folder.checkpoints.glob("[0-9]*")):
-            self.identity["initial"] = held["initial"]
+        known = {} if asked.fresh else recorded(self.folder)
+        same = known.get("initial_model") == str(asked.initial_model.resolve())
+        if same and any(self.folder.checkpoints.glob("[0-9]*")):
+            self.identity["initial"] = known["identity"]["initial"]
             return None
         source = restore(*locate(asked.initial_model, asked.out, job.report.note, "--initial-model"))
         initial.check_tokenizer(source, self.prepared.tokenizer.fingerprint)
@@ -189,7 +197,7 @@ class Run:
 
         Raises:
             Stopped: a signal asked to; everything is saved.
-            LmplayError: the folder is another run's, or cannot be written; the device's memory is too small.
+            LmplayError: the folder is another run's, or cannot be written.
         """
         report, folder = self.job.report, self.folder
         if self.job.request.log:
@@ -198,7 +206,7 @@ class Run:
         size = sizes(self.job, self.config, self.prepared) if new else {}  # before a folder is made, or memory taken
         try:
             exists = folder.open(self.identity, self.job.request.fresh)
-            report.log_path = folder.path / "log.txt"
+            report.log_to(folder.path / "log.txt")
             known = folder.read() if exists else {}
             if known.get("summary"):
                 report.note(f"{folder.path} is finished; --fresh trains it again")
@@ -209,8 +217,6 @@ class Run:
                     self._open_logger(trainer.place.step)
                     folder.update(**trainer.prepare(self.job.request.mini_batch_size, known))
                     summary = trainer.train()
-                except torch.OutOfMemoryError as e:
-                    raise LmplayError("the device ran out of memory: a smaller --mini-batch-size, or model?") from e
                 except Stopped as e:
                     report.note(f"{e}; saved at step {trainer.place.step}. The same command goes on from there.")
                     raise
@@ -219,6 +225,7 @@ class Run:
             return summary
         finally:
             report.close_loggers()
+            report.log_to(None)
             folder.close()
 
     def _open_logger(self, step: int) -> None:
@@ -254,9 +261,9 @@ class Run:
                 **provenance(job, self.match, self.initial, self.commit, self.diff, notes),
                 **size,
             }
+            if self.diff:  # before run.json, which says that there is one
+                write_text(self.folder.path / "uncommitted.diff", self.diff)
             self.folder.create(content, job.experiment, self.prepared.tokenizer)
-            if self.diff:
-                (self.folder.path / "uncommitted.diff").write_text(self.diff, encoding="utf-8")
         elif known.get("threads") != torch.get_num_threads():
             report.note(f"this run began with {known.get('threads')} threads: equal from here on but for rounding")
         if known and known.get("compiled") != job.request.compile_model:
@@ -291,8 +298,8 @@ def provenance(
     if match is not None:
         told["match"] = asdict(match)
         label += f", {match.what} of {match.to}"
-    if source is not None:
-        told["initial_model"] = str(job.request.initial_model)
+    if source is not None and job.request.initial_model is not None:
+        told["initial_model"] = str(job.request.initial_model.resolve())
         label += f", from {source.experiment.variant}"
     for title, patterns in (("without", job.request.freeze), ("only", job.request.train_only)):
         label += f", {title} {' '.join(patterns)}" if patterns else ""
@@ -303,17 +310,13 @@ def provenance(
 
 def sizes(job: Job, config: Any, prepared: Prepared) -> dict[str, Any]:
     """What the model costs, for run.json; said aloud beside the baseline's where it has another one's."""
+    own = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
     try:
-        own = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
         if job.experiment.variant != job.experiment.source.baseline:
             base = baseline_job(job)
             base_config = sized_config(base, prepared.tokenizer.vocab_size)
             base_size = measure(base.experiment.runner(base_config), *sample_batch(base, base_config, prepared))
             job.report.note(beside(own, base_size, job.experiment.source.baseline))
-    except torch.OutOfMemoryError as e:
-        raise LmplayError("the device ran out of memory with one sequence: a smaller model?") from e
     except LmplayError as e:
         job.report.note(f"not compared with its baseline: {e}")
-    if job.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(job.device)
     return {"sizes": asdict(own)}

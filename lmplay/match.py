@@ -42,6 +42,7 @@ class Match:
     before: int
     wanted: float
     reached: float
+    of: str = ""  # digest of the idea's code: a changed idea is matched anew
 
     @property
     def off(self) -> float:

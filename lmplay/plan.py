@@ -10,6 +10,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,6 +54,12 @@ class MarketTokenizer(Strict):
     tickers: list[str] = Field(min_length=1, description="in the order of their tokens")
     form: Literal["full", "lobs5"] = "full"
 
+    @model_validator(mode="after")
+    def _tickers_that_are_told(self) -> MarketTokenizer:
+        if self.form == "lobs5" and len(self.tickers) > 1:
+            raise ValueError("form lobs5 leaves the ticker out: it knows one")
+        return self
+
     @property
     def width(self) -> int:
         """Tokens to a message."""
@@ -88,7 +95,7 @@ class Columns(Strict):
     @model_validator(mode="after")
     def _one_form(self) -> Columns:
         forms = [self.text is not None, self.truth is not None, self.messages is not None]
-        if sum(forms) > 1:
+        if sum(forms) != 1:
             raise ValueError("columns: give one of text, truth (with prompt) and messages")
         if (self.title and not self.text) or (self.prompt and not self.truth):
             raise ValueError("columns: title goes with text, prompt goes with truth")
@@ -304,20 +311,25 @@ def _ancestor_dataset(spec: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"data set with ds_loader: unknown key {sorted(unknown)[0]} (there is: args, kwargs)")
     loader, args, kwargs = spec["ds_loader"], list(spec.get("args", [])), dict(spec.get("kwargs", {}))
     kwargs.pop("save_local", None)
+    most = {"wiki": 1, "openorca": 0, "hf": 3}.get(loader, len(args))
+    if len(args) > most:
+        raise ValueError(f"ds_loader {loader} takes {most} args, not {len(args)}")
     if loader == "wiki":
-        language = (args or [kwargs.get("lang", "en")])[0]
+        language = (args or [kwargs.pop("lang", "en")])[0]
         columns = {"text": "text", "title": "title"}
         return {
             "source": "hub",
             "path": "wikimedia/wikipedia",
             "name": f"20231101.{language}",
             "columns": columns,
+            **kwargs,
         }
     if loader == "openorca":
         return {
             "source": "hub",
             "path": "Open-Orca/OpenOrca",
             "columns": {"prompt": "question", "truth": "response"},
+            **kwargs,
         }
     if loader == "hf":
         if len(args) < 2:
@@ -409,13 +421,27 @@ def parse_plan(raw: Any, where: str) -> Plan:
         return Plan.model_validate(raw)
     except ValidationError as e:
         error = e.errors()[0]
-        # Tags of a union stand in the location, but not in the file.
-        place = ".".join(str(part) for part in error["loc"]) or "the plan"
+        place = ".".join(_in_file(raw, error["loc"])) or "the plan"
         if error["type"] == "extra_forbidden":
             *parents, key = error["loc"]
             known = _keys_at(Plan, parents)
             raise LmplayError(f"{where}: {place}: unknown key{nearest(str(key), known)}") from e
+        if error["type"] == "union_tag_not_found":
+            ctx = error.get("ctx", {})
+            raise LmplayError(f"{where}: {place}: the key {ctx.get('discriminator')} is missing") from e
         raise LmplayError(f"{where}: {place}: {error['msg'].removeprefix('Value error, ')}") from e
+
+
+def _in_file(raw: Any, loc: Sequence[int | str]) -> Iterator[str]:
+    """A validation error's location without the tags of unions, which are no keys of the file."""
+    for number, part in enumerate(loc):
+        if isinstance(raw, dict) and part not in raw and number < len(loc) - 1:
+            continue
+        yield str(part)
+        if isinstance(raw, dict):
+            raw = raw.get(part)
+        elif isinstance(raw, list) and isinstance(part, int) and part < len(raw):
+            raw = raw[part]
 
 
 def _keys_at(annotation: Any, loc: list[Any]) -> list[str]:

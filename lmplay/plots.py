@@ -10,8 +10,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from .compare import AXES, Band, Curve, band, difference, families, null_band, series, smooth
+from .compare import Band, Curve, band, difference, families, null_band, series, smooth
 from .errors import LmplayError
+from .files import whole
 from .lr_range import Range
 from .palette import COLOURS, GREY, LABELS
 
@@ -142,8 +143,8 @@ def _save(fig: Any, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path)
+        with whole(path) as temporary:
+            fig.savefig(temporary)
     except (OSError, ValueError) as e:
         raise LmplayError(f"{path}: the figure could not be written: {e}") from e
     finally:
@@ -262,6 +263,3 @@ def _label_ends(ax: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
             (x, y), xytext=(8, (below - at) * 72 / ax.figure.dpi), textcoords="offset points",
             color=colour, fontsize=9, va="center", annotation_clip=False,
         )  # fmt: skip
-
-
-__all__ = ["AXES", "Style", "draw"]

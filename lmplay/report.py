@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from .errors import first_line
+
 if TYPE_CHECKING:
     from .loggers import Logger
 
@@ -32,11 +34,6 @@ def count(n: float) -> str:
     return f"{n:.3g}"
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of somebody else's says, short."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def make_console() -> Console:
     """The console of a command: as wide as the terminal, or wide enough for whole lines in a pipe or file."""
     console = Console()
@@ -46,9 +43,10 @@ def make_console() -> Console:
 class Report:
     """Progress of one run. Use as a context; `note` may be used outside of it as well."""
 
-    def __init__(self, console: Console | None = None, log: Path | None = None, brief: bool = False):
+    def __init__(self, console: Console | None = None, brief: bool = False):
         self.console = console or Console()
-        self.log_path = log
+        self.log_path: Path | None = None
+        self._unlogged: list[str] = []  # said before there was a log
         self.brief = brief  # notes go to the log alone: one of many runs
         self.loggers: list[Logger] = []
         self._progress: Progress | None = None
@@ -76,8 +74,18 @@ class Report:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         self.log(text)
 
+    def log_to(self, path: Path | None) -> None:
+        """Notes go to this file as well, with those made since the last one was let go (None)."""
+        self.log_path = path
+        if path is not None:
+            waiting, self._unlogged = self._unlogged, []
+            for text in waiting:
+                self.log(text)
+
     def log(self, text: str) -> None:
-        if self.log_path is not None and self.log_path.parent.is_dir():
+        if self.log_path is None:
+            self._unlogged.append(text)
+        elif self.log_path.parent.is_dir():
             with open(self.log_path, "a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 

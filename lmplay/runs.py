@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from . import tokenizers
-from .checkpoint import Checkpoint, newest, write_json
+from .checkpoint import Checkpoint, newest
 from .discover import Experiment, find, load
 from .errors import BusyError, LmplayError
+from .files import write_json
 from .plan import Plan
 
 RUN_FILE = "run.json"
@@ -85,6 +86,13 @@ class RunFolder:
     def update(self, **fields: Any) -> None:
         write_json(self.path / RUN_FILE, {**self.read(), **fields})
 
+    def differs(self, wanted: dict[str, Any]) -> list[str]:
+        """In which parts of its identity the run that is there, if any, is not `wanted`."""
+        if not (self.path / RUN_FILE).exists():
+            return []
+        held = self.read().get("identity", {})
+        return [k for k in wanted if held.get(k) != json.loads(json.dumps(wanted[k]))]
+
     def open(self, wanted: dict[str, Any], fresh: bool) -> bool:
         """Claim the folder for the run with identity `wanted`; True when it already holds that run.
 
@@ -110,8 +118,7 @@ class RunFolder:
                     f"{self.path} holds checkpoints of an unknown run (no {RUN_FILE}); --fresh moves it aside"
                 )
             return False
-        held = self.read().get("identity", {})
-        differs = [k for k in wanted if held.get(k) != json.loads(json.dumps(wanted[k]))]
+        differs = self.differs(wanted)
         if differs:
             raise LmplayError(
                 f"{self.path} holds another run: not the same {' and '.join(differs)}; "

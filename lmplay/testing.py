@@ -286,6 +286,8 @@ def _other_values(s: Subject, field: dataclasses.Field[Any]) -> list[Any]:
         return [v for v in (value * 2, value + 1, max(1, value // 2)) if v != value]
     if isinstance(value, float):
         return [value * 2, value / 2 + 0.25, 0.5]
+    if value is None:  # of an optional field; what it stands for, the variants say
+        return [v[field.name] for v in s.experiment.source.variants.values() if v.get(field.name) is not None]
     texts = [v[field.name] for v in s.experiment.source.variants.values() if field.name in v]
     return [text for text in (*texts, value[::-1], value[:1]) if text != value]
 

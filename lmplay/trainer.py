@@ -53,7 +53,6 @@ class Options:
 
     compile_model: bool = False
     save_minutes: float = 5.0
-    keep: int = 2
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ class Trainer:
         self.trained: nn.Module = self.model
         if options.compile_model:
             self.trained = torch.compile(self.model)  # type: ignore[assignment]
+        self.place = Place()
         self.optimizers = self._make_optimizers()
         self.loss_scale = FP16_SCALE if precision.scale else 1.0
         self.flops_per_token = 0.0
@@ -111,7 +111,6 @@ class Trainer:
         self.train_curve = Curve(run.path / "train.csv", TRAIN)
         self.validate_curve = Curve(run.path / "validate.csv", VALIDATE)
         self.samples = Samples(run.path / "samples.jsonl")
-        self.place = Place()
         self.rates: deque[float] = deque(maxlen=20)  # tokens per second of the last steps
         self.stop_signal: int | None = None
         self.last_saved = time.monotonic()
@@ -126,7 +125,7 @@ class Trainer:
 
         Raises:
             Stopped: a signal asked to; everything is saved.
-            NotFiniteError: a loss or gradient is not finite; the update was not made.
+            NotFiniteError: a loss or gradient is not finite; the update was not made. Or that of the validation is.
         """
         with self._signals():
             if self.place.validated_at < 0:
@@ -180,6 +179,8 @@ class Trainer:
                 loss += out.loss_sum.detach()
                 correct += out.n_correct
                 for name, value in out.log.items():
+                    if name in (*TRAIN, "correct") or not name.isidentifier():
+                        raise LmplayError(f"StepOut.log: {name!r} cannot be a new column of train.csv; rename it")
                     extra[name] = extra.get(name, torch.zeros((), device=self.device)) + value.detach() * weight
         return {"loss": float(loss), "correct": float(correct), **{k: float(v) for k, v in extra.items()}}
 
@@ -297,6 +298,11 @@ class Trainer:
                 correct += float(out.n_correct)
                 n += arrays.n_tokens
                 size += self._bytes(arrays)
+        if not math.isfinite(loss):
+            raise NotFiniteError(
+                f"step {self.place.step}: the validation loss is {loss}. The last good checkpoint is "
+                f"{self.last_checkpoint}. A lower learning rate or grad_clip in the plan are the usual cures."
+            )
         sample = self.sample()
         self.model.train()
         self.place.validated_at = self.place.tokens
@@ -385,6 +391,8 @@ class Trainer:
                 )
             self.model.zero_grad(set_to_none=True)
             self.report.note(f"mini-batch size {self.mini_batch_size} of {self.batch_size} is the fastest here")
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # the larger sizes that were tried are not the run's
         if "flops_per_token" in known:
             self.flops_per_token = float(known["flops_per_token"])
         else:  # at the mini-batch's size: what is shared by a mini-batch, as UE's distinct tokens, counts so
@@ -395,8 +403,7 @@ class Trainer:
         return {"flops_per_token": self.flops_per_token, "mini_batch_size": self.mini_batch_size}
 
     def _make_optimizers(self) -> Optimizers:
-        place = getattr(self, "place", Place())
-        spec = self.plan.optimizer_of(self.plan.steps[place.plan_step])
+        spec = self.plan.optimizer_of(self.current)
         made = Optimizers(spec, self.runner.param_groups(self.model), self.model)
         for note in made.notes:
             self.report.note(note)
@@ -424,7 +431,7 @@ class Trainer:
             **{f"{name}_bytes": lines.size for name, lines in written.items()},
             "loss_scale": self.loss_scale,
         }
-        path = checkpoint.save(self.run.checkpoints, self.place.step, tensors, state, self.options.keep)
+        path = checkpoint.save(self.run.checkpoints, self.place.step, tensors, state)
         self.last_checkpoint = str(path)
         self.last_saved = time.monotonic()
         self.saved_place = replace(self.place)
@@ -446,8 +453,8 @@ class Trainer:
         self.place = Place(**found.state["place"])
         if self.place.plan_step < len(self.plan.steps):
             self.optimizers = self._make_optimizers()
+            self.optimizers.load_state_tensors(found.tensors("optimizer"))
         checkpoint.load_model_tensors(self.model, found.tensors("model"), found.path)
-        self.optimizers.load_state_tensors(found.tensors("optimizer"))
         rng = found.tensors("rng")
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and self.device.type == "cuda":

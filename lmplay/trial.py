@@ -30,7 +30,7 @@ CONTROLS = ("params", "flops", "seconds")
 class Design:
     """What is fixed before the first run.
 
-    `end_point` is the mean of the last `last` validations' losses, at the end of the schedule.
+    The end point is the mean of the last `last` validations' losses, at the end of the schedule.
     """
 
     plan: str
@@ -47,7 +47,6 @@ class Design:
     device: str
     data: str  # fingerprint of the prepared tokens
     sources: dict[str, str]  # of each arm and the baseline: a digest of its file
-    end_point: str = "val_loss"
     last: int = 3
 
     @property
@@ -112,7 +111,7 @@ def needed(design: Design, results: Results) -> list[Unit]:
         if wanted:
             return wanted
     for n in design.looks:
-        active = unsettled(design, results, factors, n)
+        active = [a for a in unsettled(design, results, factors, n) if not diverged(design, results, factors, a, n)]
         if not active:
             return []
         units = [pair_unit(a, s, factors) for s in range(n) for a in (design.against, *active)]
@@ -315,12 +314,12 @@ def report(design: Design, results: Results) -> dict[str, Any]:
             "flops": float(np.median([b.flops for _, b in both])) if both else None,
             "controls": control_differences(design, results, factors, arm), "runs": [_where(m) for m, _ in both],
         }  # fmt: skip
-    null = [a.loss - b.loss for a, b in zip(base[::2], base[1::2], strict=False)]
-    null = [d for d in null if math.isfinite(d)]
+    low, high = t_interval([r.loss for r in base if math.isfinite(r.loss)])
+    luck = (high - low) / 2 * math.sqrt(2)  # of the difference of two such means
     return {
         "design": asdict(design), "pairs": done, "arms": arms, "runs": [_where(r) for r in base],
         "lr_factor": factors.get(design.against, 1.0),
-        "null": {"differences": null, "band": list(_finite(t_interval(null)))},
+        "null": {"runs": len(base), "half": _number(luck)},
         "sensitivity": sensitivity(design, results),
         "cost": {"runs": len(results), "hours": sum(r.seconds for r in results.values()) / 3600},
         "over": not needed(design, results),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmplay import checkpoint
+from lmplay import checkpoint, files
 from lmplay.errors import LmplayError
 
 
@@ -113,7 +113,7 @@ def test_names_and_shapes_must_agree(tmp_path: Path) -> None:
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    checkpoint.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        checkpoint.write_json(path, {"a": object()})
+        files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}

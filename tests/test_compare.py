@@ -38,6 +38,29 @@ def fake_run(
     return folder
 
 
+def test_other_data_are_another_arena(tmp_path: Path) -> None:
+    paths = [fake_run(tmp_path, name, "p", 0.0) for name in ("gpt2ish", "idea")]
+    arenas = {compare.own_curve(p / "validate.csv").arena for p in paths}
+    assert len(arenas) == 1
+    record = json.loads((paths[1] / "run.json").read_text())
+    record["identity"]["data"] = "more of it"  # the plan's files grew; the plan is the same
+    (paths[1] / "run.json").write_text(json.dumps(record))
+    assert compare.own_curve(paths[1] / "validate.csv").arena not in arenas
+
+
+def test_a_run_without_its_pair_is_in_no_difference(command: Command, tmp_path: Path) -> None:
+    for name, seeds in (("gpt2ish", (0, 1)), ("idea", (0, 1, 2))):
+        for seed in seeds:
+            fake_run(tmp_path / "gpt_out", name, "p", 0.1 * (name == "idea"), seed)
+    curves, _ = compare.collect([tmp_path], "validate", 20)
+    partner = compare.partners(curves, compare.baseline_of(curves, None), None)
+    assert [c.name for c in compare.unpaired(curves, partner)] == ["idea-s2"]
+    said = command("lmp_plotstats", "--out", "f").stdout
+    assert "idea-s2: no run of gpt2ish has its seed; it is in no figure of differences" in said
+    one = {c.path: curves[0] for c in curves}  # a single run that all are compared with is no pairing
+    assert compare.unpaired(curves, one) == []
+
+
 def test_smoothing_is_causal() -> None:
     y = np.array([0.0, 0, 0, 6, 0, 0])
     assert compare.smooth(y, 3).tolist() == [0, 0, 0, 2, 2, 2]

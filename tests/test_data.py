@@ -12,7 +12,7 @@ from conftest import write_plan, write_text
 
 from lmplay.data import packing, shards, sources
 from lmplay.errors import LmplayError
-from lmplay.plan import Columns, Plan, Step, load_plan, parse_plan
+from lmplay.plan import Columns, FilesSource, Plan, Step, load_plan, parse_plan
 from lmplay.tokenizers import Bytes
 
 
@@ -163,6 +163,38 @@ def test_columns_make_pieces_that_count_or_do_not() -> None:
     assert of({"q": "What?", "a": None}, Columns(prompt="q", truth="a")) == []
     chat = of(row, Columns(messages="m"))
     assert [text for text, counted in chat if counted] == ["ho\n\n"]
+
+
+def test_a_chat_of_another_form_is_named(tmp_path: Path) -> None:
+    row = json.dumps({"talk": [{"from": "human", "value": "hi"}]})
+    (tmp_path / "chat.jsonl").write_text(row)
+    plan = load_plan(write_plan_of(tmp_path, "chat.jsonl", columns={"messages": "talk"}))
+    with pytest.raises(LmplayError, match="column talk is no chat, which is a list of"):
+        shards.prepare(plan, quiet)
+
+
+def test_a_glob_reaches_into_folders(tmp_path: Path) -> None:
+    for name in ("a/b/x.jsonl", "y.jsonl", "a/z.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    found = sources.Files("d", FilesSource(path=str(tmp_path / "**" / "*.jsonl"), columns=Columns(text="text")))
+    assert [p.name for p in found.files] == ["x.jsonl", "y.jsonl"]
+
+
+def test_the_faster_of_two_preparations_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path)
+    plan = load_plan(write_plan(tmp_path))
+    first = shards.prepare(plan, quiet)
+    path = Path(first.tokens["words"].train.filename)  # type: ignore[attr-defined]
+    inode, looked, real = path.stat().st_ino, [], shards._open
+
+    def blind_at_first(name: str, folder: Path) -> Any:
+        looked.append(folder)
+        return None if len(looked) == 1 else real(name, folder)
+
+    monkeypatch.setattr(shards, "_open", blind_at_first)  # as if the other one finished in between
+    shards.prepare(plan, quiet)
+    assert path.stat().st_ino == inode
 
 
 def test_prompts_are_left_out_of_the_loss(tmp_path: Path) -> None:

@@ -185,7 +185,33 @@ def test_generator_and_plots_without_runs(command: Command, tmp_path: Path) -> N
     one_line(command("lmp_plotstats"), "no such folder")
     (tmp_path / "gpt_out").mkdir()
     one_line(command("lmp_plotstats"), "no runs with curves")
-    one_line(command("lmp_generator", "hello", "--temperature", "0"), "above 0")
+    one_line(command("lmp_generator", "hello", "--do-sample", "--temperature", "0"), "above 0")
+    one_line(command("lmp_generator", "hello", "--top-k", "5"), "--top-k goes with --do-sample")
+    one_line(command("lmp_plotstats", "--plot-raw"), "nothing is smoothed")
+    one_line(command("lmp_plotstats", "--html", "p.html", "--port", "9000"), "--port goes with --serve")
+
+
+@pytest.mark.parametrize(
+    ("mode", "option"),
+    [("--describe", "--seed=1"), ("--check-grads", "--amp"), ("--profile", "--steps=3"), ("--find-lr", "--tokens=9")],
+)
+def test_options_that_a_mode_would_ignore_are_refused(command: Command, mode: str, option: str) -> None:
+    one_line(command("lmp_trainer", mode, option), f"{mode} and {option.split('=')[0]} do not go together")
+
+
+def test_a_full_device_is_one_line(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lmplay.probe.count_flops", full)
+    for mode in ("--describe", "--fresh", "--profile"):
+        done = command("lmp_trainer", "--training-plan", str(write_plan(tmp_path)), mode)
+        one_line(done, "the device ran out of memory: a smaller --mini-batch-size, or model?")
+
+
+def test_a_text_shorter_than_a_sequence(command: Command, tmp_path: Path) -> None:
+    plan = write_plan(tmp_path, model={"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "max_len": 100_000})
+    one_line(command("lmp_trainer", "--exp", "ue", "--training-plan", str(plan)), "no sequence of 100000")
     one_line(command("lmp_generator", "hello", "--model", "nowhere"), "no such folder")
 
 

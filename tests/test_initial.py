@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from conftest import Command, write_plan
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lmplay import checkpoint, initial, testing
 from lmplay.errors import LmplayError
@@ -98,6 +100,32 @@ def test_train_only() -> None:
         n for n, _ in model.named_parameters() if n.startswith(("blocks.1.", "ln."))
     }
     assert len(frozen) == sum(not p.requires_grad for p in model.parameters())
+
+
+def test_what_the_experiment_does_not_train_stays_so() -> None:
+    model = testing.tiny("gpt2ish").model()
+    model.pos_embed.weight.requires_grad_(False)
+    assert initial.freeze(model, ("blocks.0.*",), ()) == [
+        n for n, _ in model.named_parameters() if n.startswith("blocks.0.")
+    ]
+    assert not model.pos_embed.weight.requires_grad
+
+
+def test_another_source_of_the_same_name_is_another_run(command: Command, tmp_path: Path, trained: Path) -> None:
+    other = tmp_path / "other" / trained.name
+    shutil.copytree(trained, other)
+    train = ("lmp_trainer", "--training-plan", "tiny.json", "--initial-model")
+    assert command(*train, str(trained)).returncode == 0
+    newest = max((other / "checkpoints").iterdir())
+    manifest = json.loads((newest / "manifest.json").read_text())
+    changed = {k: v + 1 for k, v in load_file(newest / "model.safetensors").items()}
+    save_file(changed, newest / "model.safetensors")
+    content = (newest / "model.safetensors").read_bytes()
+    manifest["model.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    done = command(*train, str(other))
+    assert done.returncode == 1
+    assert "holds another run: not the same initial" in done.stderr
 
 
 def test_a_pattern_that_matches_nothing(command: Command, tmp_path: Path) -> None:

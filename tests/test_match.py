@@ -90,6 +90,21 @@ def test_trains_the_control(command: Command, tmp_path: Path) -> None:
     assert "no run of gpt2ish" in drawn.stdout  # a control is not taken for the baseline
 
 
+def test_a_changed_idea_is_matched_anew(command: Command, tmp_path: Path) -> None:
+    text = discover.find("gpt2ish")[0].path.read_text()
+    text = text[: text.index("BASELINE")] + 'BASELINE = "gpt2ish"\nVARIANTS: dict[str, dict] = {"mine": {}}\n'
+    (tmp_path / "mine.py").write_text(text)
+    plan = str(write_plan(tmp_path))
+    train = ("lmp_trainer", "--exp", "mine.py", "--match", "params", "--training-plan", plan, "--steps", "1")
+    assert "+0.00%" in command(*train).stdout
+    (tmp_path / "mine.py").write_text(text + "\n# the same\n")
+    assert "is finished" in command(*train).stdout
+    (tmp_path / "mine.py").write_text(text.replace('{"mine": {}}', '{"mine": {"num_blocks": 5}}'))
+    done = command(*train)
+    assert done.returncode == 1
+    assert "holds another run: not the same config" in done.stderr
+
+
 def test_says_how_a_run_stands_beside_its_baseline(command: Command, tmp_path: Path) -> None:
     plan = write_plan(tmp_path)
     done = command("lmp_trainer", "--exp", "nnm_select", "--training-plan", str(plan))

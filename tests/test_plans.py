@@ -111,6 +111,13 @@ GOOD: dict[str, Any] = {"datasets": {"d": {"source": "bundled"}}, "steps": [{"da
         ({"datasets": {"d": {"source": "hup"}}}, "hup"),
         ({"steps": [{"datasets": ["d"], "weights": [1, 2]}]}, "weights must be one number"),
         ({"datasets": {"d": {"ds_loader": "hff", "args": ["a", "b"]}}}, "did you mean hf"),
+        ({"datasets": {"d": {"ds_loader": "wiki", "args": ["de", "more"]}}}, "takes 1 args, not 2"),
+        ({"datasets": {"d": {"ds_loader": "wiki", "args": ["de"], "kwargs": {"spli": "train[:1%]"}}}}, "unknown key"),
+        (
+            {"datasets": {"d": {"source": "files", "path": "x", "columns": {"prompt_loss": True}}}},
+            "datasets.d.columns: columns: give one of text",
+        ),
+        ({"datasets": {"d": {"path": "x"}}}, "datasets.d: the key 'source' is missing"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], says: str) -> None:

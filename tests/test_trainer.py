@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -9,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +20,12 @@ from conftest import assert_equal_to_the_bit, call_command, run_command, write_p
 from rich.console import Console
 
 from lmplay import checkpoint
+from lmplay.api import Batch, StepOut
 from lmplay.compare import read_curve
 from lmplay.data.shards import prepare
 from lmplay.devices import Precision
 from lmplay.discover import find, load
-from lmplay.errors import NotFiniteError
+from lmplay.errors import LmplayError, NotFiniteError
 from lmplay.plan import load_plan
 from lmplay.report import Report
 from lmplay.runs import RunFolder
@@ -218,20 +222,60 @@ def test_uncommitted_changes_are_kept_or_refused(tmp_path: Path) -> None:
     assert "untracked: data.jsonl" in diff
 
 
-def trainer_of(tmp_path: Path, precision: str) -> Trainer:
+def trainer_of(tmp_path: Path, precision: str, **changes: Any) -> Trainer:
     """A Trainer on the tiny plan, as the command makes it, with a precision that this machine may not offer."""
-    plan = load_plan(write_plan(tmp_path))
+    plan = load_plan(write_plan(tmp_path, **changes))
     prepared = prepare(plan, lambda what, done: None)
     experiment = load(*find("gpt2ish"))
     config, _ = experiment.config({**plan.sizes(), "vocab_size": prepared.tokenizer.vocab_size}, {})
     run = RunFolder(tmp_path / "run")
-    run.path.mkdir()
+    run.path.mkdir(exist_ok=True)
     made = Trainer(
         plan, prepared, experiment.runner(config), 0, torch.device("cpu"), Precision(precision), run,
         Report(Console(quiet=True)), Options(),
     )  # fmt: skip
     made.prepare(8, {"flops_per_token": 1.0})
     return made
+
+
+def test_an_experiments_own_figures_may_not_pass_for_the_harness(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "fp32")
+    own = trainer.runner.step
+
+    def step(model: torch.nn.Module, batch: Batch, name: str) -> StepOut:
+        return dataclasses.replace(own(model, batch), log={name: torch.ones(())})
+
+    arrays = trainer.streams[0].batch(0, 8)
+    for name in ("loss", "tokens", "a,b"):
+        trainer.runner.step = partial(step, name=name)  # type: ignore[method-assign]
+        with pytest.raises(LmplayError, match="cannot be a new column"):
+            trainer.accumulate(arrays)
+    trainer.runner.step = partial(step, name="entropy")  # type: ignore[method-assign]
+    assert trainer.accumulate(arrays)["entropy"] == 1
+
+
+def test_a_validation_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "fp32")
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(float("nan"))
+    with pytest.raises(NotFiniteError, match="the validation loss is nan"):
+        trainer.validate()
+    assert not (trainer.run.path / "validate.csv").exists() or trainer.validate_curve.size == 0
+
+
+def test_stopped_in_its_last_validation_it_ends_though_its_optimizer_was_another(tmp_path: Path) -> None:
+    steps = [
+        {"datasets": ["words"], "steps": 2, "optimizer": {"name": "adagrad", "lr": 0.01}},
+        {"datasets": ["words"], "steps": 2, "optimizer": {"name": "sgd", "lr": 0.01}},
+    ]
+    trainer = trainer_of(tmp_path, "fp32", steps=steps)
+    trainer.train()
+    trainer.place.validated_at = 0  # as a signal in the last validation leaves it
+    trainer.saved_place = None
+    trainer.save()
+    again = trainer_of(tmp_path, "fp32", steps=steps)
+    assert again.resume()
+    assert again.train()["steps"] == 4
 
 
 def test_fp16_scales_the_loss_and_not_the_result(tmp_path: Path) -> None:

@@ -72,8 +72,9 @@ def test_pairs_are_added_until_each_arm_is_settled() -> None:
     assert good["correlation"] > 0.9
     assert good["tokens_ratio"] > 1
     assert good["seconds_ratio"] == pytest.approx(good["tokens_ratio"] / 2)
-    low, high = told["null"]["band"]
-    assert low < 0 < high
+    base = [r.loss for k, r in play(d).items() if k.startswith("pair base ")]
+    half = stats.t.ppf(0.995, len(base) - 1) * np.std(base, ddof=1) * math.sqrt(2 / len(base))
+    assert told["null"] == {"runs": len(base), "half": pytest.approx(half)}
 
 
 def test_an_arm_that_is_settled_gets_no_more_pairs() -> None:
@@ -150,6 +151,7 @@ def test_a_run_that_diverges_ends_its_arm_and_no_other() -> None:
     while units := needed(d, results):
         for unit in units:
             results[unit.key] = replace(outcome(unit), loss=inf, bpb=inf) if lost(unit) else outcome(unit)
+    assert sum("pair good " in key for key in results) == d.looks[0], "no run after the look that saw it"
     told = report(d, results)
     good = told["arms"]["good"]
     assert (good["word"], good["more"], good["pairs"]) == (UNDECIDED, None, 2)

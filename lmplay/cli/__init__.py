@@ -16,6 +16,11 @@ def ending(command: str, body: Callable[[], int]) -> int:
     except LmplayError as e:
         print(f"{command}: {e}", file=sys.stderr)
         return e.exit_status
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError":  # torch's; not every command imports it
+            raise
+        print(f"{command}: the device ran out of memory: a smaller --mini-batch-size, or model?", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of a pipe, head say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

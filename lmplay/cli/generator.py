@@ -45,6 +45,9 @@ def command(args: argparse.Namespace) -> int:
     tune_memory()  # before torch is imported
     from ..generate import Sampling, TextStream, generate
 
+    for option in () if args.do_sample else ("temperature", "top_k", "top_p", "num_samples", "seed"):
+        if getattr(args, option) != parser().get_default(option):
+            raise LmplayError(f"--{option.replace('_', '-')} goes with --do-sample: without it nothing is drawn")
     how = Sampling(args.do_sample, args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     prompt = args.prompt
     if os.path.isfile(prompt):  # False also for what is too long to be a name

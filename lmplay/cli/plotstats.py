@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LmplayError
+from ..files import whole
 from . import ending
+from .trainer import positive_int
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--plot-train", action="store_true", help="the training curves instead of the validation's")
     p.add_argument(
         "--average-count",
-        type=int,
+        type=positive_int,
         metavar="N",
         help="causal smoothing window (200 for --plot-train, else 1)",
     )
@@ -72,12 +74,15 @@ def command(args: argparse.Namespace) -> int:
         args.max_files = 200 if args.html or args.serve else 20
     if args.max_files < 1 or not 0 <= args.min_show < 1:
         raise LmplayError("--max-files must be 1 or more, --min-show in [0, 1)")
+    for name in ("host", "port"):
+        if not args.serve and getattr(args, name) != parser().get_default(name):
+            raise LmplayError(f"--{name} goes with --serve")
     if args.html or args.serve:
         return make_page(args)
-    for name in ("host", "port"):
-        if getattr(args, name) != parser().get_default(name):
-            raise LmplayError(f"--{name} goes with --serve")
-    from ..compare import METRICS, baseline_of, by_arena, collect, final_table, partners, seeds_note
+    window = args.average_count or (200 if args.plot_train else 1)
+    if args.plot_raw and window == 1:
+        raise LmplayError("--plot-raw: nothing is smoothed; it goes with --plot-train or --average-count")
+    from ..compare import METRICS, baseline_of, by_arena, collect, final_table, partners, seeds_note, unpaired
     from ..plots import Style, draw
     from ..report import make_console
 
@@ -91,7 +96,7 @@ def command(args: argparse.Namespace) -> int:
     groups = by_arena(curves)
     if len(groups) > 1:
         names = ", ".join(plan for plan, _ in groups)
-        print(f"runs of different plans cannot be compared: separate figures for {names}")
+        print(f"runs of different plans or data cannot be compared: separate figures for {names}")
     named = [g for g in groups.values() if args.target in {n for c in g for n in (c.name, c.variant)}]
     if args.target is not None and not named:
         baseline_of(curves, args.target)  # raises, naming the nearest run
@@ -100,18 +105,23 @@ def command(args: argparse.Namespace) -> int:
         target = args.target if group in named else None
         baseline = baseline_of(group, target)
         partner = partners(group, baseline, target)
+        lone = unpaired(group, partner)
+        for curve in lone:
+            print(
+                f"{curve.name}: no run of {partner[curve.path].variant} has its seed; it is in no figure of differences"
+            )
+        pairs = {path: other for path, other in partner.items() if path not in {c.path for c in lone}}
         folder = args.out
         if len(groups) > 1:
             twice = sum(p == plan for p, _ in groups) > 1
             folder = args.out / safe_name(f"{plan}-{fingerprint}" if twice else plan)
-        window = args.average_count or (200 if args.plot_train else 1)
         title = "training" if args.plot_train else "validation"
         style = Style(args.x, window, args.min_show, args.plot_raw, args.theme or "light", title)
         written = []
         for metric in METRICS:
             for diff in (False, True):
                 path = folder / f"log_{'diff_' if diff else ''}{metric}.{args.out_type}"
-                if draw(path, group, metric, style, baseline, partner if diff else None):
+                if draw(path, group, metric, style, baseline, pairs if diff else None):
                     written.append(path)
         table = final_table(group, partner)
         tables.append(table)
@@ -126,9 +136,9 @@ def command(args: argparse.Namespace) -> int:
             print(f"{plan}: no run has the columns for --x {args.x}: nothing is drawn")
         for path in written:
             print(path)
-    args.out.mkdir(parents=True, exist_ok=True)
     table_path = args.out / "final.csv"
-    pd.concat(tables).to_csv(table_path, index=False)
+    with whole(table_path) as temporary:
+        pd.concat(tables).to_csv(temporary, index=False)
     print(table_path)
     return 0
 

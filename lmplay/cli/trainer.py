@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..discover import Source, find, list_sources, load
 from ..errors import LmplayError
+from ..files import whole
 from ..loggers import NAMES
 from . import ending
 
@@ -36,6 +37,15 @@ exit status: 0 done, 1 an error that its line explains, 2 wrong usage, 3 loss or
 130 stopped by Ctrl-C, 143 stopped by SIGTERM (both saved; the same command goes on)."""
 
 
+# What does not train, and the options that say nothing there.
+_OF_RUNS = ("match", "initial_model", "log", "fresh", "tokens", "minutes", "save_minutes")
+_OF_PASSES = ("steps", "amp", "compile_model", "mini_batch_size")
+UNUSED = {
+    "describe": (*_OF_RUNS, *_OF_PASSES, "seed", "freeze", "train_only", "no_dirty", "out"),
+    "check_grads": (*_OF_RUNS, *_OF_PASSES, "out"),
+    "profile": (*_OF_RUNS, "steps"),
+    "find_lr": _OF_RUNS,
+}
 RANGE_STEPS = 150  # of --find-lr, where --steps names none
 
 
@@ -91,8 +101,8 @@ def positive_int(text: str) -> int:
 
 def positive_float(text: str) -> float:
     value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
     return value
 
 
@@ -111,10 +121,10 @@ def command(args: argparse.Namespace) -> int:
     if args.training_plan == "list":
         list_plans(console)
         return 0
-    for other in ("describe", "check_grads", "profile", "find_lr"):
-        for option in ("match", "initial_model", "log", "fresh") if getattr(args, other) else ():
-            if getattr(args, option):
-                names = f"--{other.replace('_', '-')} and --{option.replace('_', '-')}"
+    for mode, options in UNUSED.items():
+        for option in options if getattr(args, mode) else ():
+            if getattr(args, option) != parser().get_default(option):
+                names = f"--{mode.replace('_', '-')} and --{option.replace('_', '-')}"
                 raise LmplayError(f"{names} do not go together")
     source, variant = find(args.exp)
     overrides = parse_overrides(args.overrides)
@@ -308,7 +318,6 @@ def find_lr(trainer: Trainer, args: argparse.Namespace, report: Report) -> int:
     import math
 
     import pandas as pd
-    import torch
 
     from ..lr_range import range_test
     from ..plots import draw_range
@@ -331,15 +340,13 @@ def find_lr(trainer: Trainer, args: argparse.Namespace, report: Report) -> int:
         trainer.optimizers.zero_grad()
         return loss
 
-    try:
-        with report:
-            found = range_test(step, spec.lr, args.steps or RANGE_STEPS, report.show)
-    except torch.OutOfMemoryError as e:
-        raise LmplayError("the device ran out of memory: a smaller --mini-batch-size, or model?") from e
+    with report:
+        found = range_test(step, spec.lr, args.steps or RANGE_STEPS, report.show)
     stem = args.out / f"find-lr-{trainer.run.path.parent.name}-{trainer.run.path.name}"
     draw_range(stem.with_name(stem.name + ".png"), found, f"{trainer.run.path.name} on {trainer.run.path.parent.name}")
     rows = {"lr": found.rates, "loss": found.losses, "smoothed": found.smoothed}
-    pd.DataFrame(rows).to_csv(stem.with_name(stem.name + ".csv"), index=False)
+    with whole(stem.with_name(stem.name + ".csv")) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
     print(f"plan_lr: {spec.lr:g}\nsteepest_lr: {found.steepest:.3g}")
     if found.safest is None:
         print(f"safest_lr: unknown: the loss still fell at {found.rates[-1]:.3g}, the highest rate that was tried")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import socket
 import subprocess
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BusyError, LmplayError, NotFiniteError
+from ..files import write_json
 from ..verdict import fewest
 from . import ending
 from .trainer import positive_int
@@ -112,7 +111,7 @@ def command(args: argparse.Namespace, given: list[str]) -> int:
             _status(part, console)
         return 0
     for part in parts:
-        _write(part.folder / "design.json", part.board.study.user_attrs["design"])
+        write_json(part.folder / "design.json", part.board.study.user_attrs["design"])
     least = fewest(design.level, len(design.arms), spent=1.0)
     if design.max_pairs < least:
         console.print(f"fewer than {least} pairs cannot show that anything is REAL: --max-seeds", highlight=False)
@@ -134,7 +133,7 @@ def command(args: argparse.Namespace, given: list[str]) -> int:
     told = [_tell(part, console) for part in parts]
     if args.sizes:
         fits = over_sizes(told)
-        _write(whole / "sizes.json", {"sizes": args.sizes, "fits": fits})
+        write_json(whole / "sizes.json", {"sizes": args.sizes, "fits": fits})
         for arm, fit in fits.items():
             console.print(f"{arm} over sizes: {fit['sentence']}", highlight=False, soft_wrap=True)
     return 0
@@ -145,13 +144,6 @@ def _start(given: list[str], threads: int) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "lmplay.cli.trial", *given, "--workers", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, env=env)
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False), encoding="utf-8")
-    temporary.replace(path)
 
 
 # ---------------------------------------------------------------- the design
@@ -165,10 +157,11 @@ def _design(args: argparse.Namespace, size: float, memory: str, console: Console
     """
     from ..data.shards import prepare
     from ..devices import pick_device, pick_precision
-    from ..discover import find, load
+    from ..discover import find, find_baseline, load
     from ..job import Job, Request
     from ..plan import find_plan, load_plan
     from ..report import Report
+    from ..runs import source_digest
     from ..trial import CONTROLS, Design
     from ..verdict import MOST_PAIRS
 
@@ -193,7 +186,7 @@ def _design(args: argparse.Namespace, size: float, memory: str, console: Console
     if size != 1:
         plan = resized(plan, size, path)
     experiments = [load(*find(name)) for name in args.exp]
-    against = load(*find(args.against or experiments[0].source.baseline))
+    against = load(*(find(args.against) if args.against else find_baseline(experiments[0].source)))
     names = [e.variant for e in experiments]
     if against.variant in names or len(set(names)) < len(names):
         raise LmplayError(f"--exp {', '.join(names)} against {against.variant}: each arm must be another one")
@@ -213,7 +206,7 @@ def _design(args: argparse.Namespace, size: float, memory: str, console: Console
     jobs = {e.variant: Job(e, {}, path.stem, plan, device, precision, report, request) for e in (against, *experiments)}
     with report:
         prepared = prepare(plan, report.preparing)
-    digests = {e.variant: hashlib.sha256(e.source.path.read_bytes()).hexdigest()[:16] for e in (against, *experiments)}
+    digests = {e.variant: source_digest(e.source.path) for e in (against, *experiments)}
     design = Design(
         path.stem, plan.fingerprint, against.variant, tuple(names), args.level, args.max_seeds, args.smallest_effect,
         args.lr == "tuned", controls, tokens, precision.name, device.type, prepared.fingerprint, digests,
@@ -283,7 +276,7 @@ def _work(part: Part, console: Console) -> int:
             board.give_up(number)
             raise
         board.done(number, result)
-        _write(part.folder / "trial.json", report(design, board.results()))
+        write_json(part.folder / "trial.json", report(design, board.results()))
     return 0
 
 
@@ -313,6 +306,9 @@ def run_unit(unit: Unit, design: Design, jobs: dict[str, Job]) -> Result:
         job = replace(jobs[unit.arm], plan=plan, plan_name=name, request=request)
         config = sized_config(job, prepared.tokenizer.vocab_size)
     run = Run(job, config, prepared, control)
+    if parts := run.folder.differs(run.identity):  # of an earlier trial, before somebody changed the idea
+        job.report.note(f"{run.folder.path} is of other {' and '.join(parts)}: it is moved aside")
+        run = Run(replace(job, request=replace(job.request, fresh=True)), config, prepared, control)
     try:
         run.train()
     except NotFiniteError:
@@ -375,7 +371,7 @@ def _tell(part: Part, console: Console) -> dict[str, Any]:
     from ..trial import report
 
     told = report(part.design, part.board.results())
-    _write(part.folder / "trial.json", told)
+    write_json(part.folder / "trial.json", told)
     _show(told, console)
     console.print(f"kept in {part.folder / 'trial.json'}", highlight=False, soft_wrap=True)
     return told
@@ -413,9 +409,13 @@ def _show(told: dict[str, Any], console: Console) -> None:
             console.print(
                 f"  against the baseline of equal {control}: {-mean:+.4f} ({len(values)} seeds)", highlight=False
             )
-    low, high = told["null"]["band"]
-    if low is not None:
-        console.print(f"null: baseline against itself with other seeds: {low:+.4f} to {high:+.4f}", highlight=False)
+    null = told["null"]
+    if null["half"] is not None:
+        console.print(
+            f"null: the means of {null['runs']} runs of {design['against']} each, with other seeds, would differ "
+            f"by up to {null['half']:.4f} (99 %)",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     cost = told["cost"]
     console.print(f"runs: {cost['runs']}\nhours: {cost['hours']:.3f}", highlight=False)
 

@@ -244,8 +244,9 @@ def prepared(
             **(extra or {}),
         }  # fmt: skip
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        if folder.exists():  # one that does not fit its manifest, or another process was faster
-            shutil.rmtree(folder)
+        if (faster := _open(name, folder)) is not None:  # of another process, which may read it already
+            return faster
+        shutil.rmtree(folder, ignore_errors=True)  # it does not fit its manifest
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -9,10 +9,11 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping
+from glob import glob
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import LmplayError, nearest
+from ..errors import LmplayError, first_line, nearest
 from ..plan import BundledSource, Columns, FilesSource, HubSource
 
 Document = list[tuple[str, bool]]
@@ -90,7 +91,13 @@ class Table:
                 hint = nearest(column, dataset.column_names)
                 raise LmplayError(f"data set {self.name}: there is no column {column}{hint}")
         for row in dataset:
-            document = document_of(row, c)
+            try:
+                document = document_of(row, c)
+            except (KeyError, TypeError) as e:
+                raise LmplayError(
+                    f"data set {self.name}: column {c.messages} is no chat, which is a list of {{role, content}}: "
+                    f"{type(e).__name__} {e}"
+                ) from e
             if any(text for text, _ in document):
                 yield document
 
@@ -100,7 +107,8 @@ def document_of(row: Mapping[str, Any], c: Columns) -> Document:
 
     A row whose text, truth or messages are null is no document: the list is empty.
     """
-    main: str = c.messages or c.truth or c.text or "text"
+    main = c.messages or c.truth or c.text
+    assert main is not None  # Columns has one of them
     if row[main] is None:
         return []
     if c.messages is not None:
@@ -113,7 +121,7 @@ def document_of(row: Mapping[str, Any], c: Columns) -> Document:
     if c.truth is not None:
         prompt = [(f"{row[c.prompt]}\n\n", c.prompt_loss)] if c.prompt and row[c.prompt] is not None else []
         return [*prompt, (str(row[c.truth]), True)]
-    text = str(row[c.text or "text"])
+    text = str(row[main])
     title = row[c.title] if c.title is not None else None
     return [(text if title is None else f"{title}\n\n{text}", True)]
 
@@ -137,9 +145,8 @@ class Hub(Table):
         try:
             return datasets.load_dataset(s.path, s.name, split=s.split, revision=s.revision, data_files=s.data_files)
         except Exception as e:  # the library and its clients raise their own kinds for no network, no such name, ...
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise LmplayError(
-                f"data set {self.name}: {s.path} could not be loaded from the hub ({reason}); "
+                f"data set {self.name}: {s.path} could not be loaded from the hub ({first_line(e)}); "
                 "the plans laptop, smoke, char and bins need no hub"
             ) from e
 
@@ -160,7 +167,7 @@ class Files(Table):
         if self.path.is_dir():
             inside = sorted(p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith("."))
             return [p for p in inside if self._saved_by_datasets or self._format_of(p) is not None]
-        return sorted(p for p in self.path.parent.glob(self.path.name) if p.is_file())
+        return sorted(p for p in map(Path, glob(str(self.path), recursive=True)) if p.is_file())
 
     @property
     def _saved_by_datasets(self) -> bool:
@@ -191,9 +198,9 @@ class Files(Table):
         try:
             return datasets.load_dataset(kind, data_files=files, split="train", **options)
         except Exception as e:  # the library wraps what its readers raise in kinds of its own
-            cause = e.__cause__ or e
-            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-            raise LmplayError(f"data set {self.name}: {self.path} could not be read: {reason}") from e
+            raise LmplayError(
+                f"data set {self.name}: {self.path} could not be read: {first_line(e.__cause__ or e)}"
+            ) from e
         finally:
             datasets.enable_progress_bars()
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from ..errors import LmplayError
+from ..files import write_text
 
 HERE = Path(__file__).parent
 
@@ -54,12 +54,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         LmplayError: it cannot be written.
     """
     text = page(content)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, text)
     except OSError as e:
         raise LmplayError(f"{path}: the page could not be written: {e.strerror}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
