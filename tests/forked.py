@@ -1,0 +1,97 @@
+"""Commands in processes of their own that start warm: each is a fork of one that has imported what all need.
+
+Importing torch takes longer than most of what the tests then run. A fork is a process as any other: it has its own
+working folder and output, can be killed, and what it changes is gone with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+SERVE = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='serve')"
+
+
+class Forked:
+    """One command at a time."""
+
+    def __init__(self, server: subprocess.Popen[str]):
+        self._server = server
+
+    def start(self, name: str, *words: str, cwd: Path, output: Path) -> int:
+        """Begin `name words` (name as lmp_trainer); its output goes to the files output.out and output.err. Its pid."""
+        asked = {"name": name, "words": words, "cwd": str(cwd), "output": str(output)}
+        return int(self._say(json.dumps(asked)))
+
+    def poll(self) -> int | None:
+        """The exit status of what was started, as of subprocess; None while it runs."""
+        status = int(self._say("poll"))
+        return None if status == 1000 else status
+
+    def wait(self) -> int:
+        return int(self._say("wait"))
+
+    def run(self, name: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        """Begin it, wait for it, and return what it said."""
+        output = cwd / ".said"
+        self.start(name, *words, cwd=cwd, output=output)
+        status = self.wait()
+        said = [output.with_suffix(end).read_text() for end in (".out", ".err")]
+        return subprocess.CompletedProcess([name, *words], status, *said)
+
+    def _say(self, line: str) -> str:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(line + "\n")
+        self._server.stdin.flush()
+        return self._server.stdout.readline()
+
+
+@contextlib.contextmanager
+def forked(cwd: Path, env: Mapping[str, str] = os.environ) -> Iterator[Forked]:
+    """The parent of the forks; `env` is theirs."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVE, __file__], cwd=cwd, env=dict(env), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield Forked(server)
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def serve() -> None:
+    for module in ("torch", "pandas", "matplotlib.pyplot", "lmplay.job", "lmplay.generate"):
+        importlib.import_module(module)
+    pid = 0
+    for line in map(str.strip, sys.stdin):
+        if line in ("poll", "wait"):
+            done, status = os.waitpid(pid, os.WNOHANG if line == "poll" else 0)
+            print(os.waitstatus_to_exitcode(status) if done else 1000, flush=True)
+            continue
+        pid = os.fork()
+        if not pid:
+            be(**json.loads(line))
+        print(pid, flush=True)
+
+
+def be(name: str, words: list[str], cwd: str, output: str) -> None:
+    """Become the command."""
+    os.chdir(cwd)
+    for fd, path in ((0, os.devnull), (1, f"{output}.out"), (2, f"{output}.err")):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(opened, fd)
+        os.close(opened)
+    sys.argv = [name, *words]
+    sys.exit(importlib.import_module(f"lmplay.cli.{name.removeprefix('lmp_')}").main(words))
+
+
+if __name__ == "serve":
+    serve()
