@@ -78,7 +78,8 @@ def test_killed_at_random_moments_and_resumed_it_is_equal_to_the_bit(tmp_path: P
 def test_a_signal_saves_says_how_to_go_on_and_the_same_command_does(
     tmp_path: Path, signum: signal.Signals, status: int
 ) -> None:
-    write_plan(tmp_path, steps=[{"datasets": ["words"], "steps": 400}])
+    validation = {"fraction": 0.1, "tokens": 512, "every_tokens": 10_240, "sample_prompt": "the "}
+    write_plan(tmp_path, steps=[{"datasets": ["words"], "steps": 400}], validation=validation)
     arguments = [*TRAIN, "--training-plan", "tiny.json", "--mini-batch-size", "4"]
     process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     train = tmp_path / "gpt_out" / "tiny" / "gpt2ish-s0" / "train.csv"

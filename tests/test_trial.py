@@ -311,7 +311,7 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     tiny_plan(tmp_path)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     quick = (
-        "import sys, lmplay.board as b; b.BEAT, b.DEAD = 0.2, 3.0; from lmplay.cli.trial import main; sys.exit(main())"
+        "import sys, lmplay.board as b; b.BEAT, b.DEAD = 0.5, 6.0; from lmplay.cli.trial import main; sys.exit(main())"
     )
 
     def start(out: str) -> subprocess.Popen[str]:
