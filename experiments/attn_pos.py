@@ -18,8 +18,8 @@ Differs from gpt2ish in the lines marked CHANGED. Costs H max_len h = D max_len 
 training, a third product of the size of q·k. Nothing folds: P serves inference too.
 
 The claim (to be tested): better than learned absolute positions alone, the last two blocks nearly as good.
-Result so far: attn_pos against gpt2ish +.001 nats per token (below 0 is better; seed 0,
-2026-11-22, a third of the plan laptop: lmp_trainer --exp attn_pos --training-plan laptop --tokens 327680).
+Result so far (2026-11-22, docs/results.md): at a third of the plan laptop level with gpt2ish (+.001 nats per token,
+seed 0); lmp_trial on the plan sketch: UNDECIDED, -.001 with an interval of .009.
 Source: https://github.com/jmward01/lmplay (attention position).
 """
 

@@ -12,8 +12,8 @@ Differs from gpt2ish in the lines marked CHANGED; costs D H + H parameters a blo
 next to no time. Nothing folds in full; simple is kept as it is, for a single number is not worth it.
 
 The claim (to be tested): a small gain for nearly no cost.
-Result so far: focus against gpt2ish -.021 nats per token (below 0 is better; seed 0,
-2026-11-22, a third of the plan laptop: lmp_trainer --exp focus --training-plan laptop --tokens 327680).
+Result so far (2026-11-22, docs/results.md): on the plan laptop level with gpt2ish (+.001 and +.005 nats per token,
+seeds 0 and 1, below 0 is better); lmp_trial on the plan sketch: UNDECIDED, a gain of .013.
 Source: https://github.com/jmward01/lmplay (focus).
 """
 

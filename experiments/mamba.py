@@ -11,8 +11,8 @@ input itself sets. Reading a token costs the same at every position, and what is
 Source: Mamba, Gu & Dao 2023 (arXiv 2312.00752), algorithm 2, section 3.4; how weights start: section 3.6 and the
 authors' code. The weights are those of the transformers library's MambaForCausalLM, by name: lmp_cleanmodel --format hf
 writes them.
-Differs from gpt2ish in all but the head and the training: no attention, feed-forward or positions; the head is tied
-and has no bias. A block has about half of a gpt2ish block's parameters, so a fair comparison needs --match params.
+Differs from gpt2ish in all but the training: no attention, feed-forward or positions; the head is tied and has no
+bias. A block has about half of a gpt2ish block's parameters, so a fair comparison needs --match params.
 
 Three scans compute the recurrence. `naive` is the formula, a loop over time under autograd: the reference. `chunked`
 is for every device: about sqrt(T) positions at a time it computes decays and inputs in one operation each, steps
@@ -23,9 +23,10 @@ in log2(T) parallel rounds would move every state several times; where memory is
 decays and states in float32 under autocast. FLOPs are counted as run: with the products that the backward pass makes
 again, without a kernel's, and without what is no product (per token and block some 10 N E in the scan).
 
-Expected: at equal data a little behind gpt2ish at the same number of blocks; in use no cache that grows.
-Result so far: mamba against gpt2ish -.460 and -.460 nats per token (below 0 is better; seeds 0 and 1, 2026-11-22,
-lmp_trainer --exp mamba --training-plan laptop), with about half of its parameters; docs/results.md has the controls.
+The claim (of others, at larger sizes): level with a transformer at equal data; in use no cache that grows.
+Result so far (2026-11-22, docs/results.md): on the plan laptop better than gpt2ish by .460 and .460 nats per token,
+seeds 0 and 1, with about half of its parameters; lmp_trial on the plan sketch: REAL, +.47, and +.56 over gpt2ish of
+its size.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ A memory costs D² + D M C + C M h + M h D parameters and the like in FLOPs, whe
 first lines say what that makes beside the baseline. Nothing folds.
 
 The claim (to be tested): two of three blocks can be memories at little loss.
-Result so far: nnm_select against gpt2ish -.138 nats per token (below 0 is better; seed 0,
-2026-11-22, a third of the plan laptop: lmp_trainer --exp nnm_select --training-plan laptop --tokens 327680).
+Result so far (2026-11-22, docs/results.md): on the plan laptop better than gpt2ish by .198 and .177 nats per token,
+seeds 0 and 1, with fewer parameters; lmp_trial on the plan sketch: UNDECIDED, +.06.
 Source: https://github.com/jmward01/lmplay (nnmemory 4).
 """
 

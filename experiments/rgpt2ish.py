@@ -15,8 +15,8 @@ what a mini-batch before had read is of another text (and a gradient must not de
 Differs from gpt2ish in the Runner alone: no parameter more, about the same FLOPs.
 
 The claim (to be tested): little is lost with 4 chunks and carried state.
-Result so far: rgpt2ish against gpt2ish -.048 nats per token (below 0 is better; seed 0,
-2026-11-22, a third of the plan laptop: lmp_trainer --exp rgpt2ish --training-plan laptop --tokens 327680).
+Result so far (2026-11-22, docs/results.md): on the plan laptop behind gpt2ish by .044 and .010 nats per token, seeds 0
+and 1, where it was .048 ahead at a third of it; lmp_trial on the plan sketch, untuned: UNDECIDED, a gain of .058.
 Source: https://github.com/jmward01/lmplay (recurrent baseline).
 """
 

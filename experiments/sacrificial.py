@@ -15,11 +15,11 @@ The effective weights are computed once for all mini-batches of an optimizer ste
 open are chosen as in ue.py and uw.py. `fold` tabulates the embedding and multiplies the weights out: sac1 leaves
 a plain GPT-2, sac2 one without the blocks' LayerNorms.
 Training-only parameters at 50257 x 768 with 6 blocks: 500 M in the predicting networks and 314 M in the UE (sac1), 55 M
-and 628 M (sac2), beside the baseline's 121 M in all.
+and 628 M (sac2), beside the baseline's 120.6 M in all.
 
 The claim (to be tested): the largest gain of the family at the same inference cost.
-Result so far: sac1 against gpt2ish +.009 nats per token (below 0 is better; seed 0,
-2026-11-22, a third of the plan laptop: lmp_trainer --exp sac1 --training-plan laptop --tokens 327680).
+Result so far (2026-11-22, docs/results.md): at a third of the plan laptop .009 nats per token behind gpt2ish, seed 0;
+lmp_trial on the plan sketch, untuned: UNDECIDED, a gain of .032.
 Source: https://github.com/jmward01/lmplay (sacrificial).
 """
 

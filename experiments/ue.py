@@ -19,11 +19,11 @@ E starts normal with deviation 1, where gelu bends; W1 and W2 are scaled so that
 Variants: the width m and the middle k; with value norm; for positions instead of tokens; `ue8x_cpu` keeps the
 front table on the CPU while the rest is on the GPU.
 Training-only parameters: V m D for the table, m k D² + k D² for the network. At 50257 x 768 and m = 8 that
-is 309 M and 5.3 M, beside the baseline's 120 M.
+is 309 M and 5.3 M, beside the baseline's 120.6 M.
 
 The claim (to be tested): 6 blocks with UE beat 12 without; wider is better.
-Result so far: on the plan laptop worse than gpt2ish by .108 and .136 nats per token (seeds 0 and 1, 2026-11-22,
-lmp_trainer --exp ue --training-plan laptop).
+Result so far (2026-11-22, docs/results.md): on the plan laptop worse than gpt2ish by .108 to .148 nats per token,
+seeds 0 to 3; lmp_trial on the plan sketch, at its own best rate: UNDECIDED, +.022 (above 0 is better).
 Source: https://github.com/jmward01/lmplay (unified embeddings 1.0 to 1.4).
 """
 

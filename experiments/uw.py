@@ -28,8 +28,8 @@ Training-only parameters a layer: in + out twice and 3 numbers (uw1); beside tha
 exp_mul D² + 5 matrices of each size. All of it folds away.
 
 The claim (to be tested): faster learning than plain layers; better without the blocks' LayerNorms.
-Result so far: uw1 against gpt2ish -.108 and -.106 nats per token (below 0 is better; seeds 0 and 1,
-2026-11-22, a third of the plan laptop: lmp_trainer --exp uw1 --training-plan laptop --tokens 327680).
+Result so far (2026-11-22, docs/results.md): uw1 on the plan laptop better than gpt2ish by .083 and .076 nats per
+token, seeds 0 and 1; lmp_trial on the plan sketch, with both rates tuned: UNDECIDED, the gain is not found again.
 Source: https://github.com/jmward01/lmplay (unified weights 1 to 6).
 """
 

@@ -11,8 +11,8 @@ job of keeping them small from the value projection.
 Differs from gpt2ish in the lines marked CHANGED; costs h gains and h biases a block and under 1 % of time.
 
 The claim (to be tested): a small gain for nearly no cost; norms on keys or queries hurt.
-Result so far: on the plan laptop worse than gpt2ish by .387 and .403 nats per token (seeds 0 and 1, 2026-11-22,
-lmp_trainer --exp value_norm --training-plan laptop).
+Result so far (2026-11-22, docs/results.md): on the plan laptop worse than gpt2ish by .387 to .410 nats per token,
+seeds 0 to 3; lmp_trial on the plan sketch: HARMFUL, -.50 at its own best rate.
 Source: https://github.com/jmward01/lmplay (normv).
 """
 
