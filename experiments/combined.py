@@ -32,8 +32,7 @@ from torch import Tensor, nn
 
 from lmplay.api import KVCache, ModelRunner, causal_attention, computed_once, dropout
 
-# CHANGED: where each kind of modulating vector starts
-STARTS = {"m_out": 1.0, "a_out": 0.0, "m_in": 1.0, "a_in": 0.0, "shift": 0.0}
+# CHANGED
 RATES = {"a_out": 0.02, "a_in": 0.02}  # of learning: what is added to W moves beside entries of .02, not of 1
 
 
@@ -89,54 +88,40 @@ Weights = dict[str, Tensor]  # the effective weights and biases of the unified l
 class UnifiedLinear(Linear):
     """A linear layer whose weight is modulated by vectors; `path` is its name in the model.
 
-    A factor has a number c that moves it as a whole.
+    A factor, and the shift of the bias, has a number c that moves it as a whole.
     """
 
-    plain: tuple[str, ...] = ()
+    modulated = False  # while nn.Linear begins
 
-    def __init__(self, in_features: int, out_features: int, c: Config, path: str, std: float = 0.02, bias: bool = True):
-        super().__init__(in_features, out_features, bias, std)
-        self.path = path
-        self.sizes = {"m_out": out_features, "a_out": out_features, "m_in": in_features, "a_in": in_features}
-        if bias:
-            self.sizes["shift"] = out_features
-        self.plain = tuple(self.sizes) if c.unify_linear else ()
-        for kind in self.plain:
-            if kind not in RATES:
-                self.register_parameter(f"c_{kind}", nn.Parameter(torch.empty(())))
-            if kind != "shift":
-                self.register_parameter(kind, nn.Parameter(torch.empty(self.sizes[kind])))
-        self.reset_parameters()
+    def __init__(self, in_features: int, out_features: int, c: Config, path: str, std: float = 0.02):
+        super().__init__(in_features, out_features, std=std)
+        self.path, self.modulated = path, c.unify_linear
+        if self.modulated:
+            self.m_out, self.a_out = (nn.Parameter(torch.empty(out_features)) for _ in range(2))
+            self.m_in, self.a_in = (nn.Parameter(torch.empty(in_features)) for _ in range(2))
+            self.c_m_out, self.c_m_in, self.c_shift = (nn.Parameter(torch.empty(())) for _ in range(3))
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for kind in self.plain:
-            if kind not in RATES:
-                nn.init.zeros_(self.get_parameter(f"c_{kind}"))
-            if kind != "shift":
-                nn.init.constant_(self.get_parameter(kind), STARTS[kind])
+        if self.modulated:
+            for factor in (self.m_out, self.m_in):
+                nn.init.ones_(factor)
+            for added in (self.a_out, self.a_in, self.c_m_out, self.c_m_in, self.c_shift):
+                nn.init.zeros_(added)
 
     def effective(self) -> Weights:
         """W' (out, in) and b' (out), named as a plain layer's would be."""
-        v: Weights = {}
-        for kind in self.plain:
-            if kind == "shift":
-                v[kind] = self.get_parameter("c_shift")
-            elif kind in RATES:
-                v[kind] = self.get_parameter(kind)
-            else:
-                v[kind] = self.get_parameter(kind) + self.get_parameter(f"c_{kind}")
-        w, b = self.weight, self.bias
-        w = w * v["m_out"].unsqueeze(1) if "m_out" in v else w
-        w = w + v["a_out"].unsqueeze(1) if "a_out" in v else w
-        w = w * v["m_in"] if "m_in" in v else w
-        w = w + v["a_in"] if "a_in" in v else w
-        if b is None:
-            return {f"{self.path}.weight": w}
-        return {f"{self.path}.weight": w, f"{self.path}.bias": b + v["shift"] if "shift" in v else b}
+        w: Tensor = self.weight
+        b: Tensor = self.bias
+        if self.modulated:
+            w = w * (self.m_out + self.c_m_out).unsqueeze(1) + self.a_out.unsqueeze(1)
+            w = w * (self.m_in + self.c_m_in) + self.a_in
+            b = b + self.c_shift
+        return {f"{self.path}.weight": w, f"{self.path}.bias": b}
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:  # type: ignore[override]
-        return F.linear(x, weights[f"{self.path}.weight"], weights.get(f"{self.path}.bias"))
+        return F.linear(x, weights[f"{self.path}.weight"], weights[f"{self.path}.bias"])
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -353,7 +353,7 @@ class GPT(nn.Module):
         sharing: dict[str, list[UnifiedLinear]] = {}
         for layer in self.unified:
             if layer.predicted:
-                purpose = layer.path.split(".")[-1]
+                purpose = ".".join(layer.path.split(".")[-2:])  # the embedding has an fc1 of its own
                 key = {"layer": layer.path, "purpose": purpose, "model": ""}[c.predictor]
                 sharing.setdefault(key, []).append(layer)
         self.predictors = nn.ModuleList(Predictor(c, layers) for layers in sharing.values())

@@ -240,9 +240,8 @@ def seeded(made: nn.Module) -> nn.Module:
 
 def unified(idea: str) -> Any:
     m = module(idea)
-    settings = {"uw": {"vectors": "plain"}, "sacrificial": dict.fromkeys(m.STARTS, "plain"), "combined": {}}
-    settings["sacrificial"] = dict.fromkeys(("m_out", "a_out", "m_in", "a_in", "shift"), "plain")
-    config = m.Config(**settings[{"uw1": "uw", "sac1": "sacrificial", "all1": "combined"}[idea]])
+    each = dict.fromkeys(("m_out", "a_out", "m_in", "a_in", "shift"), "plain")
+    config = m.Config(**{"uw1": {"vectors": "plain"}, "sac1": each, "all1": {}}[idea])
     layer = seeded(m.UnifiedLinear(4, 6, config, "x"))
     return layer.effective() if idea == "all1" else layer.effective({})
 

@@ -108,6 +108,8 @@ def _told_by_what_rests(
             kind = CANCEL if action == "deleted" and volume > 0 else EXECUTE
             if left < order.size:
                 yield line, Event(time, kind, side, order.price, order.size - left, id)
+            elif left > order.size:  # of more lots than a message can tell
+                counts["dropped: a change beyond the largest size"] += 1
             else:
                 counts["dropped: a change below one lot"] += 1
 

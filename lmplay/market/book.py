@@ -62,9 +62,6 @@ class Book:
 
     def mid(self) -> int | None:
         """(best bid + best ask) / 2, rounded down; the last one where a side is empty."""
-        bids, asks = self.prices
-        if bids and asks:
-            self.seen = (bids[-1] + asks[0]) // 2
         return self.seen
 
     def queue(self, side: int, price: int) -> Iterator[Order]:
@@ -172,7 +169,6 @@ class Book:
             raise BookError(f"order {id} is not in the book")
         if size <= 0 or (new_id in self.orders and new_id != id):
             raise BookError(f"order {id} cannot become order {new_id} of size {size}")
-        self.mid()  # kept in `seen`, should the order be the last of its side
         self.reduce(id, order.size)
         return self.add(new_id, order.side, price, size, time)
 

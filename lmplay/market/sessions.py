@@ -71,8 +71,6 @@ def replay(session: Session, findings: Findings, ticker: int = 0) -> Iterator[tu
         if market.book.mid() is None:
             market.apply(event)
             findings.counts["before both sides"] += 1
-            if market.book.best(0) is not None and market.book.best(1) is not None:
-                market.mid  # noqa: B018 (the first mid price is kept by asking for it)
             continue
         message = market.describe(event)
         if message.dt > MAX_SECONDS * 10**9:
@@ -127,7 +125,7 @@ def _expressible(
     if event.kind in (ADD, REPLACE):
         side = event.side if order is None else order.side
         id = event.order if order is None else event.new
-        if (id in book.orders and id != event.order) or (order is None and id in book.orders):
+        if id in book.orders and (order is None or id != event.order):
             findings.wrong(line, "reference", f"order {id} is in the book already")
             return None
         beyond = book.beyond(event.price)

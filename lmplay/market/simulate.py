@@ -279,7 +279,7 @@ class Simulator:
             blocked = np.zeros((len(masks), count), bool)
             for row, mask in zip(blocked, masks, strict=True):
                 allowed = mask.allowed(position)
-                if allowed is not None and len(allowed):
+                if allowed is not None:
                     row[:] = True
                     row[allowed] = False
             if blocked.any():
