@@ -24,7 +24,7 @@ from .plan import Plan
 from .probe import to_batch
 from .report import Report
 from .restore import Restored, locate, restore
-from .runs import RUN_FILE, RunFolder, folder_name, git_state, identity, source_digest
+from .runs import RUN_FILE, RunFolder, folder_name, git_state, identity, make_out, source_digest
 from .trainer import Options, Start, Stopped, Trainer
 
 
@@ -204,6 +204,7 @@ class Run:
             loggers.check(self.job.request.log)
         new = self.job.request.fresh or not recorded(folder)
         size = sizes(self.job, self.config, self.prepared) if new else {}  # before a folder is made, or memory taken
+        make_out(self.job.request.out)
         try:
             exists = folder.open(self.identity, self.job.request.fresh)
             report.log_to(folder.path / "log.txt")

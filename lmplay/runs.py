@@ -21,7 +21,7 @@ from . import tokenizers
 from .checkpoint import Checkpoint, newest
 from .discover import Experiment, find, load
 from .errors import BusyError, LmplayError
-from .files import write_json
+from .files import write_json, write_text
 from .plan import Plan
 
 RUN_FILE = "run.json"
@@ -57,6 +57,19 @@ def identity(
         "tokenizer": tokenizer,
         "data": data,
     }
+
+
+def make_out(out: Path) -> None:
+    """Make the folder for runs, where there is none, and let git leave it alone: results make no tree dirty.
+
+    Raises:
+        LmplayError: it cannot be written.
+    """
+    try:
+        if not out.exists():
+            write_text(out / ".gitignore", "*\n")
+    except OSError as e:
+        raise LmplayError(f"{out}: this folder cannot be written: {e.strerror}") from e
 
 
 class RunFolder:

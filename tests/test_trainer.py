@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,13 @@ def test_uncommitted_changes_are_kept_or_refused(tmp_path: Path) -> None:
            "GIT_COMMITTER_EMAIL": "a@b"}  # fmt: skip
     for words in (["init", "-q"], ["add", "tiny.json"], ["commit", "-qm", "x"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True, env=git)
+    (tmp_path / ".git" / "info" / "exclude").write_text("data.jsonl\n")
+    for seed in ("1", "2"):  # the first one's results are no change of the tree
+        clean = ("--training-plan", "tiny.json", "--no-dirty", "--steps", "1", "--seed", seed)
+        done = call_command("lmp_trainer", *clean, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "gpt_out")
+    (tmp_path / ".git" / "info" / "exclude").write_text("")
     (tmp_path / "tiny.json").write_text((tmp_path / "tiny.json").read_text() + "\n")
     refused = call_command("lmp_trainer", "--training-plan", "tiny.json", "--no-dirty", cwd=tmp_path)
     assert refused.returncode == 1

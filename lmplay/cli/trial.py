@@ -84,11 +84,14 @@ def command(args: argparse.Namespace, given: list[str]) -> int:
 
     from ..board import Board, open_storage
     from ..report import make_console
+    from ..runs import make_out
     from ..trial import over_sizes
 
     console = make_console()
     threads = max(1, torch.get_num_threads() // args.workers)
     torch.set_num_threads(threads)
+    if not args.status:
+        make_out(args.out)
     parts = []
     for size in args.sizes or (1.0,):
         jobs, design = _design(args, size, memory, console)
