@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/lmp_plotstats gpt_out/laptop --target gpt2ish --out gpt_out/plots
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=15
 
 lint: $(READY)
 	$(BIN)/ruff check .
