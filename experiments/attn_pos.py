@@ -18,8 +18,8 @@ Differs from gpt2ish in the lines marked CHANGED. Costs H max_len h = D max_len 
 training, a third product of the size of q·k. Nothing folds: P serves inference too.
 
 The claim (to be tested): better than learned absolute positions alone, the last two blocks nearly as good.
-Result so far (2026-11-22, docs/results.md): at a third of the plan laptop level with gpt2ish (+.001 nats per token,
-seed 0); lmp_trial on the plan sketch: UNDECIDED, -.001 with an interval of .009.
+Result so far (2026-11-23, docs/results.md): on the plan laptop .013 and .012 nats per token better than gpt2ish, seeds
+0 and 1; lmp_trial on the plan sketch: UNDECIDED, -.001 with an interval of .009.
 Source: https://github.com/jmward01/lmplay (attention position).
 """
 

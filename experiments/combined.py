@@ -12,9 +12,9 @@ norm stay, so that no standard architecture holds what is left.
 Training-only parameters: the front table and its network (see ue.py), 2 (in + out) + 3 a linear layer.
 
 The claim (to be tested): better than each of its parts.
-Result so far (2026-11-22, docs/results.md): at a third of the plan laptop .006 nats per token behind gpt2ish, seed 0;
-lmp_trial on the plan sketch, untuned: a gain of .072 with every seed, and .042 behind gpt2ish of its parameters:
-UNDECIDED.
+Result so far (2026-11-23, docs/results.md): all1 on the plan laptop worse than gpt2ish by .096 and .108 nats per
+token, seeds 0 and 1; lmp_trial on the plan sketch, untuned: .072 better with every seed, and .042 behind gpt2ish of
+its parameters: UNDECIDED.
 Source: https://github.com/jmward01/lmplay (combined).
 """
 

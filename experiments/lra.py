@@ -11,8 +11,8 @@ Differs from gpt2ish in the lines marked CHANGED. Costs for each of the 2 L addi
 feature; linear 4D (4D² per feature), mlp 2D² + 2D (4D² per feature). Nothing folds: the factors serve inference.
 
 The claim (to be tested): trained factors help deep models, predicted ones help more.
-Result so far (2026-11-22, docs/results.md): at a third of the plan laptop level with gpt2ish (+.003 nats per token,
-seed 0); lmp_trial on the plan sketch: UNDECIDED, a gain of .013.
+Result so far (2026-11-23, docs/results.md): on the plan laptop .011 and .012 nats per token better than gpt2ish, seeds
+0 and 1; lmp_trial on the plan sketch: UNDECIDED, a gain of .013.
 Source: https://github.com/jmward01/lmplay (learned residual add).
 """
 
