@@ -37,7 +37,8 @@ class StepOut:
     n_tokens: Tensor  # () int64, counted tokens
     n_correct: Tensor  # () int64, argmax hits
     aux_loss: Tensor | None = None  # () a mean per sequence, added to the training loss only
-    log: dict[str, Tensor] = field(default_factory=dict)  # extra curves, () each
+    # Extra curves, () each, as columns of train.csv: names as Python's, and none of those that stand there already.
+    log: dict[str, Tensor] = field(default_factory=dict)
 
 
 class KVCache:

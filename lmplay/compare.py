@@ -118,7 +118,7 @@ def collect(
         except LmplayError as e:
             left_out.append(str(e))
             continue
-        key = (curve.arena, curve.name, _source(curve)) if curve.run else path
+        key = (curve.arena, curve.name, source(curve)) if curve.run else path
         if key in curves:
             left_out.append(f"{curves[key].path}: left out, {path} is the same run and newer")
         curves[key] = curve
@@ -167,7 +167,7 @@ def _ancestor_curve(path: Path) -> Curve:
 
 
 def by_arena(curves: Iterable[Curve]) -> dict[tuple[str, str], list[Curve]]:
-    """Curves grouped by plan: only within a group are they comparable."""
+    """Curves grouped by plan and data: only within a group are they comparable."""
     groups: dict[tuple[str, str], list[Curve]] = {}
     for curve in curves:
         groups.setdefault(curve.arena, []).append(curve)
@@ -312,15 +312,16 @@ def families(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
     """
     sources: dict[str, set[str]] = {}
     for curve in curves:
-        sources.setdefault(curve.family, set()).add(_source(curve))
+        sources.setdefault(curve.family, set()).add(source(curve))
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
         odd = len(sources[curve.family]) > 1
-        groups.setdefault(f"{curve.family} ({_source(curve)[:6]})" if odd else curve.family, []).append(curve)
+        groups.setdefault(f"{curve.family} ({source(curve)[:6]})" if odd else curve.family, []).append(curve)
     return groups
 
 
-def _source(curve: Curve) -> str:
+def source(curve: Curve) -> str:
+    """The digest of the experiment file that a run was made with; empty where none is recorded."""
     return str(curve.run.get("identity", {}).get("experiment", ""))
 
 

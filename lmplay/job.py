@@ -19,13 +19,15 @@ from .devices import Precision, describe_device
 from .discover import Experiment, find_baseline, load
 from .errors import LmplayError, first_line
 from .files import write_text
-from .match import Match, beside, match, measure
+from .match import Match, Size, beside, match, measure
 from .plan import Plan
-from .probe import to_batch
+from .probe import autocast, to_batch
 from .report import Report
 from .restore import Restored, locate, restore
 from .runs import RUN_FILE, RunFolder, folder_name, git_state, identity, make_out, source_digest
 from .trainer import Options, Start, Stopped, Trainer
+
+MEASURED = 4  # sequences at most with which a model's cost is measured
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ def sized_config(job: Job, vocab: int) -> Any:
 def sample_batch(job: Job, config: Any, prepared: Prepared) -> tuple[Batch, int]:
     """Real sequences to measure a model's cost with, and how many such passes an optimizer step has.
 
-    What is shared by a mini-batch, as UE's distinct tokens, is counted right where its size is given; else by one
-    sequence, since the size is found by trying later.
+    What is shared by a mini-batch, as UE's distinct tokens, is counted as in one of so many sequences as were asked
+    for, and of four at most: measuring takes no more memory than training.
     """
     whole = job.plan.batch.batch_size
-    size = min(job.request.mini_batch_size or 1, whole)
+    size = min(job.request.mini_batch_size or 1, MEASURED, whole)
     arrays = mixtures(job.plan, prepared, config.max_len)[0].batch(0, size)
     return to_batch(arrays, slice(None), job.device), math.ceil(whole / size)
 
@@ -132,7 +134,7 @@ def matched(job: Job, config: Any, what: str, prepared: Prepared) -> tuple[Job, 
         found = Match(**known["match"])
     else:
         job.report.note(f"looking for the size of {source.baseline} that matches {to} ...")
-        wanted = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
+        wanted = size_of(job, config, prepared)
         base_config = sized_config(plain, prepared.tokenizer.vocab_size)
         found = replace(match(wanted, to, plain.experiment, base_config, what, job.device), of=digest)
     job.report.note(found.sentence())
@@ -309,15 +311,23 @@ def provenance(
     return told
 
 
+def size_of(job: Job, config: Any, prepared: Prepared) -> Size:
+    """What the job's model costs."""
+    with autocast(job.device, job.precision):
+        return measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
+
+
 def sizes(job: Job, config: Any, prepared: Prepared) -> dict[str, Any]:
     """What the model costs, for run.json; said aloud beside the baseline's where it has another one's."""
-    own = measure(job.experiment.runner(config), *sample_batch(job, config, prepared))
+    own = size_of(job, config, prepared)
     try:
         if job.experiment.variant != job.experiment.source.baseline:
             base = baseline_job(job)
             base_config = sized_config(base, prepared.tokenizer.vocab_size)
-            base_size = measure(base.experiment.runner(base_config), *sample_batch(base, base_config, prepared))
+            base_size = size_of(base, base_config, prepared)
             job.report.note(beside(own, base_size, job.experiment.source.baseline))
     except LmplayError as e:
         job.report.note(f"not compared with its baseline: {e}")
+    except torch.OutOfMemoryError:
+        job.report.note("not compared with its baseline, which does not fit into the device's memory")
     return {"sizes": asdict(own)}

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .errors import LmplayError
+from .files import write_text
 from .plan import BpeTokenizer, BytesTokenizer, CharsTokenizer, TiktokenTokenizer
 
 Spec = BytesTokenizer | CharsTokenizer | TiktokenTokenizer | BpeTokenizer
@@ -75,7 +76,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         content = {"state": self.state(), "fingerprint": self.fingerprint}
-        (folder / FILE).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        write_text(folder / FILE, json.dumps(content, ensure_ascii=False))
 
 
 class Bytes(Tokenizer):

@@ -255,7 +255,9 @@ def verdicts_at(
     if n < design.looks[0]:
         data = {a: differences(design, results, factors, a)[:n] for a in design.arms}
         latest = judge(data, design.smallest_effect, design.max_pairs, design.level)
-        latest |= {a: _ended(latest[a], why) for a in design.arms if (why := diverged(design, results, factors, a, n))}
+    for arm in design.arms:  # also of a pair since the last look: no further one is run
+        if arm not in frozen and (why := diverged(design, results, factors, arm, n)):
+            latest[arm] = _ended(latest[arm], why)
     return latest
 
 
@@ -314,12 +316,13 @@ def report(design: Design, results: Results) -> dict[str, Any]:
             "flops": float(np.median([b.flops for _, b in both])) if both else None,
             "controls": control_differences(design, results, factors, arm), "runs": [_where(m) for m, _ in both],
         }  # fmt: skip
-    low, high = t_interval([r.loss for r in base if math.isfinite(r.loss)])
+    ended = [r.loss for r in base if math.isfinite(r.loss)]
+    low, high = t_interval(ended)
     luck = (high - low) / 2 * math.sqrt(2)  # of the difference of two such means
     return {
         "design": asdict(design), "pairs": done, "arms": arms, "runs": [_where(r) for r in base],
         "lr_factor": factors.get(design.against, 1.0),
-        "null": {"runs": len(base), "half": _number(luck)},
+        "null": {"runs": len(ended), "half": _number(luck)},
         "sensitivity": sensitivity(design, results),
         "cost": {"runs": len(results), "hours": sum(r.seconds for r in results.values()) / 3600},
         "over": not needed(design, results),

@@ -10,11 +10,14 @@ import contextlib
 import importlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+PATIENCE = 300  # seconds for a command's end, so that one that hangs ends its test and not the suite
 SERVE = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='serve')"
 
 
@@ -23,19 +26,34 @@ class Forked:
 
     def __init__(self, server: subprocess.Popen[str]):
         self._server = server
+        self._running: int | None = None
 
     def start(self, name: str, *words: str, cwd: Path, output: Path) -> int:
         """Begin `name words` (name as lmp_trainer); its output goes to the files output.out and output.err. Its pid."""
         asked = {"name": name, "words": words, "cwd": str(cwd), "output": str(output)}
-        return int(self._say(json.dumps(asked)))
+        self._running = int(self._say(json.dumps(asked)))
+        return self._running
 
     def poll(self) -> int | None:
         """The exit status of what was started, as of subprocess; None while it runs."""
         status = int(self._say("poll"))
-        return None if status == 1000 else status
+        if status == 1000:
+            return None
+        self._running = None
+        return status
 
     def wait(self) -> int:
-        return int(self._say("wait"))
+        """Raises TimeoutError where it does not end."""
+        status = int(self._say("wait"))
+        self._running = None
+        return status
+
+    def kill(self) -> None:
+        """End what was started, if it runs."""
+        if self._running is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._running, signal.SIGKILL)
+            self._running = None
 
     def run(self, name: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         """Begin it, wait for it, and return what it said."""
@@ -50,6 +68,9 @@ class Forked:
         assert self._server.stdout is not None
         self._server.stdin.write(line + "\n")
         self._server.stdin.flush()
+        if not select.select([self._server.stdout], [], [], PATIENCE)[0]:
+            self.kill()
+            raise TimeoutError(f"after {PATIENCE} s there is no answer to {line}")
         return self._server.stdout.readline()
 
 
@@ -60,9 +81,11 @@ def forked(cwd: Path, env: Mapping[str, str] = os.environ) -> Iterator[Forked]:
         [sys.executable, "-c", SERVE, __file__], cwd=cwd, env=dict(env), text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
+    commands = Forked(server)
     try:
-        yield Forked(server)
+        yield commands
     finally:
+        commands.kill()
         server.kill()
         server.communicate()
 

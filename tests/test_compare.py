@@ -57,6 +57,8 @@ def test_a_run_without_its_pair_is_in_no_difference(command: Command, tmp_path: 
     assert [c.name for c in compare.unpaired(curves, partner)] == ["idea-s2"]
     said = command("lmp_plotstats", "--out", "f").stdout
     assert "idea-s2: no run of gpt2ish has its seed; it is in no figure of differences" in said
+    table = pd.read_csv(tmp_path / "f" / "final.csv").set_index("run")
+    assert table["to"].isna().to_dict() == {n: n == "idea-s2" for n in table.index}
     one = {c.path: curves[0] for c in curves}  # a single run that all are compared with is no pairing
     assert compare.unpaired(curves, one) == []
 

@@ -174,11 +174,14 @@ def test_a_chat_of_another_form_is_named(tmp_path: Path) -> None:
 
 
 def test_a_glob_reaches_into_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder [1]"
     for name in ("a/b/x.jsonl", "y.jsonl", "a/z.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(json.dumps({"text": name}))
-    found = sources.Files("d", FilesSource(path=str(tmp_path / "**" / "*.jsonl"), columns=Columns(text="text")))
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"text": name}))
+    found = sources.Files("d", FilesSource(path=str(folder / "**" / "*.jsonl"), columns=Columns(text="text")))
     assert [p.name for p in found.files] == ["x.jsonl", "y.jsonl"]
+    with pytest.raises(LmplayError, match="there are no files"):
+        sources.Files("d", FilesSource(path=str(folder / "nowhere" / "*.jsonl"), columns=Columns(text="text")))
 
 
 def test_the_faster_of_two_preparations_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,6 +185,7 @@ def test_generator_and_plots_without_runs(command: Command, tmp_path: Path) -> N
     one_line(command("lmp_plotstats"), "no such folder")
     (tmp_path / "gpt_out").mkdir()
     one_line(command("lmp_plotstats"), "no runs with curves")
+    one_line(command("lmp_generator", "hello", "--model", "nowhere"), "no such folder")
     one_line(command("lmp_generator", "hello", "--do-sample", "--temperature", "0"), "above 0")
     one_line(command("lmp_generator", "hello", "--top-k", "5"), "--top-k goes with --do-sample")
     one_line(command("lmp_plotstats", "--plot-raw"), "nothing is smoothed")
@@ -212,7 +213,6 @@ def test_a_full_device_is_one_line(command: Command, tmp_path: Path, monkeypatch
 def test_a_text_shorter_than_a_sequence(command: Command, tmp_path: Path) -> None:
     plan = write_plan(tmp_path, model={"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "max_len": 100_000})
     one_line(command("lmp_trainer", "--exp", "ue", "--training-plan", str(plan)), "no sequence of 100000")
-    one_line(command("lmp_generator", "hello", "--model", "nowhere"), "no such folder")
 
 
 def test_check_grads_and_profile(command: Command, tmp_path: Path) -> None:

@@ -211,23 +211,50 @@ def test_a_book_mask_leaves_only_what_rests() -> None:
     assert allowed(masked(empty), 1) == [ADD]
 
 
+@pytest.mark.parametrize("kind", [ADD, REPLACE])
+@pytest.mark.parametrize("side", [BID, ASK])
+@pytest.mark.parametrize(
+    "orders",
+    [[(BID, 100), (ASK, 101)], [(BID, 100), (ASK, 102)], [(BID, 90), (ASK, 117)], [(BID, 100)], [(ASK, 101)]],
+)
+def test_a_new_order_is_offered_every_price_at_which_it_rests_and_no_other(
+    kind: int, side: int, orders: list[tuple[int, int]]
+) -> None:
+    market = Market(0, [Order(1, BID, 100, 5, 1), Order(2, ASK, 101, 5, 1)], time=1)
+    for id in (1, 2):  # so that there is a mid price where only one side is left
+        market.book.reduce(id, 5)
+    for n, (of, price) in enumerate(orders, 3):
+        market.book.add(n, of, price, 5, 2)
+    if kind == REPLACE and not market.book.prices[side]:
+        assert side not in (allowed(masked(market, (1, kind)), 2) or []), "there is nothing to replace"
+        return
+    offered = set()
+    for sign in allowed(masked(market, (1, kind), (2, side)), 3) or [0, 1]:
+        distances = allowed(masked(market, (1, kind), (2, side), (3, sign)), 4)
+        offered |= {d if sign else -d for d in (range(1000) if distances is None else distances)}
+    assert offered == {d for d in range(-999, 1000) if not market.book.crosses(side, market.mid + d)}
+
+
 def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path) -> None:
     shown: list[str] = []
     reader = fresh_reader(told, 2)
     mine = tmp_path / "generated" / "AAPL_2012-06-21_34200000_57600000_message_10.csv"
     mine.parent.mkdir()
     mine.touch()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "report.json").touch()
 
     def show(progress: float, line: str) -> None:
         shown.append(line)
 
     result = session_run.simulate(told, M, reader, LENGTH, Extent(2, 10.0, 25), Settings(), tmp_path, show)
     assert mine.exists(), "somebody's own market in the same folder"
+    assert (tmp_path / "real" / "report.json").exists()
     mine.unlink()
     assert result["messages"] == 50
     assert not result["interrupted"]
     assert 0 <= result["share_outside_the_model"] <= 1
-    assert result["valid_by_message"][-1] == (24, 1.0), "by half contexts of three messages"
+    assert result["valid_by_round"][-1] == (24, 1.0, 1.0), "by half contexts of three messages"
     assert "mid" in shown[-1]
     frame = pd.read_parquet(tmp_path / "generated" / "events.parquet")
     tapes = score.read(tmp_path / "generated")
@@ -237,17 +264,20 @@ def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path)
     first = frame[frame["market"] == 0].reset_index(drop=True)
     assert (first["time"] == tapes[0].messages["time"]).all()
     assert (first["price"] == tapes[0].messages["price"]).all()
-    session_run.write_real(told, tmp_path / "real")
     [real] = score.read(tmp_path / "real")
     assert len(real.messages) >= len(told.messages) - told.start
     session_run.write_baseline(told, Extent(2, 10.0, 25), tmp_path / "baseline", 0)
     assert len(score.read(tmp_path / "baseline")) == 2
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp*"))
+    with pytest.raises(LmplayError, match="--context 6: the model holds 5 messages"):
+        session_run.simulate(told, M, reader, LENGTH, Extent(2, 10.0, 25, context=6), Settings(), tmp_path, show)
     with pytest.raises(LmplayError):  # it cannot begin: nothing goes
         session_run.simulate(told, M, reader, LENGTH, Extent(10**6, 10.0, 25), Settings(), tmp_path, show)
     assert len(score.read(tmp_path / "generated")) == 2
-    again = session_run.simulate(told, M, fresh_reader(told, 1), LENGTH, Extent(1, 10.0, 5), Settings(), tmp_path, show)
-    assert again["messages"] == 5
+    again = session_run.simulate(
+        told, M, fresh_reader(told, 1), LENGTH, Extent(1, 10.0, 5, 2), Settings(), tmp_path, show
+    )
+    assert (again["messages"], again["context"]) == (5, 2)
     assert len(score.read(tmp_path / "generated")) == 1, "the second market of before is gone"
     assert not list((tmp_path / "baseline").glob("*.csv")), "or it would be compared with another simulation"
 
@@ -259,8 +289,9 @@ def test_an_interrupt_leaves_whole_files_of_what_was_simulated(told: Told, tmp_p
     reader = fresh_reader(told, 2)
     result = session_run.simulate(told, M, reader, LENGTH, Extent(2, 10.0, 25), Settings(), tmp_path, stop)
     assert result["interrupted"]
+    assert len(score.read(tmp_path / "real")) == 1, "to compare it with"
     assert sum(len(t.messages) for t in score.read(tmp_path / "generated")) >= result["messages"] == 2
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp*"))
 
 
 # ---------------------------------------------------------------- the command

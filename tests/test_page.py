@@ -53,7 +53,8 @@ def trial(folder: Path, name: str, **changes: Any) -> None:
     }  # fmt: skip
     told = {
         "design": {
-            "plan": "laptop", "plan_fingerprint": "abc", "against": "gpt2ish", "precision": "fp32", "tuned": True
+            "plan": "laptop", "plan_fingerprint": "abc", "against": "gpt2ish", "precision": "fp32", "tuned": True,
+            "data": "d", "sources": {"gpt2ish": "", "ue": ""},
         },
         "arms": {"ue": arm | changes}, "over": True, "lr_factor": 1.0,
         "sensitivity": {"gpt2ish": [[0.25, 1.0, 5.0], [0.25, 2.0, 5.1]], "ue": [[0.25, 1.0, 4.9], [0.25, 2.0, None]]},
@@ -122,6 +123,23 @@ def test_the_pairs_of_trials_are_one_arena_and_their_other_runs_none(tmp_path: P
     assert arena["baseline"] == "gpt2ish"
     found = sorted((r["family"], r["seed"]) for r in arena["runs"])
     assert found == [("gpt2ish", 0), ("gpt2ish", 1), ("ue (lr × 4)", 0), ("ue (lr × 4)", 1)]
+    change(tmp_path / "trial-laptop-abc123-lr4" / "ue-s1", identity={"experiment": "edited"})
+    content, left_out = gather.gather([tmp_path], 200)
+    assert len(content["arenas"][0]["runs"]) == 3
+    assert any("ue-s1: left out, ue was edited since the trial one" in line for line in left_out)
+
+
+def test_trials_on_other_data_are_another_arena(tmp_path: Path) -> None:
+    for name, data in (("one", "d"), ("two", "more of it")):
+        fake_run(tmp_path, "gpt2ish", f"trial-{name}", 0.0)
+        trial(tmp_path, name)
+        path = tmp_path / "trials" / name / "trial.json"
+        told = json.loads(path.read_text()) | {"runs": [f"trial-{name}/gpt2ish-s0"]}
+        told["design"]["data"] = data
+        path.write_text(json.dumps(told))
+    arenas = [a for a in gather.gather([tmp_path], 200)[0]["arenas"] if a["name"].startswith("trials on")]
+    assert [len(a["runs"]) for a in arenas] == [1, 1]
+    assert len({a["fingerprint"] for a in arenas}) == 2
 
 
 def test_what_is_odd_in_a_file_is_left_out_and_said(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_killed_at_random_moments_and_resumed_it_is_equal_to_the_bit(tmp_path: P
             while (status := warm.poll()) is None and (not train.exists() or train.stat().st_size == start):
                 time.sleep(0.005)  # until it trains, so that the kill falls into the loop
             time.sleep(dice.uniform(0.0, 0.08))
+            status = warm.poll() if status is None else status
             if attempt < 11 and status is None:
                 os.kill(pid, signal.SIGKILL)
                 kills += 1
@@ -217,8 +218,8 @@ def test_uncommitted_changes_are_kept_or_refused(tmp_path: Path) -> None:
     for words in (["init", "-q"], ["add", "tiny.json"], ["commit", "-qm", "x"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True, env=git)
     (tmp_path / ".git" / "info" / "exclude").write_text("data.jsonl\n")
-    for seed in ("1", "2"):  # the first one's results are no change of the tree
-        clean = ("--training-plan", "tiny.json", "--no-dirty", "--steps", "1", "--seed", seed)
+    for mode in (["--find-lr", "--steps", "20"], ["--seed", "1"], ["--seed", "2"]):  # results are no change of the tree
+        clean = ("--training-plan", "tiny.json", "--steps", "1", "--no-dirty", *mode)
         done = call_command("lmp_trainer", *clean, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     shutil.rmtree(tmp_path / "gpt_out")
@@ -282,7 +283,7 @@ def test_stopped_in_its_last_validation_it_ends_though_its_optimizer_was_another
     ]
     trainer = trainer_of(tmp_path, "fp32", steps=steps)
     trainer.train()
-    trainer.place.validated_at = 0  # as a signal in the last validation leaves it
+    trainer.place.validated_at = 0  # as a checkpoint from before the last validation has it
     trainer.saved_place = None
     trainer.save()
     again = trainer_of(tmp_path, "fp32", steps=steps)

@@ -163,6 +163,26 @@ def test_a_run_that_diverges_ends_its_arm_and_no_other() -> None:
     assert {a["pairs"] for a in report(d, results)["arms"].values()} == {0}
 
 
+def test_a_run_that_diverges_between_two_looks_ends_its_arm_with_the_reason() -> None:
+    d = design(arms=("good",), max_pairs=20, smallest_effect=1e-6)
+    late = d.looks[0]  # the first pair after the first look
+
+    def outcome_of(unit: Unit) -> Result:
+        if unit.arm == "good":  # not settled at the first look
+            unit = replace(unit, arm="same")
+            return replace(outcome(unit), loss=math.inf, bpb=math.inf) if unit.seed == late else outcome(unit)
+        return outcome(unit)
+
+    results: dict[str, Result] = {}
+    while units := needed(d, results):
+        results[units[0].key] = outcome_of(units[0])  # one at a time, as a worker takes them
+    assert len(d.looks) > 1
+    assert sum("pair good " in key for key in results) == late + 1
+    told = report(d, results)
+    assert told["over"]
+    assert f"good diverged with seed {late}" in told["arms"]["good"]["why"]
+
+
 def test_a_control_that_diverges_shows_nothing() -> None:
     d = design(arms=("good",), controls=("params",))
     results: dict[str, Result] = {}

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from ..errors import LmplayError
 
 
-def ending(command: str, body: Callable[[], int]) -> int:
-    """Run a command's body; what a user can mend becomes one line on stderr and an exit status."""
+def ending(command: str, body: Callable[[], int], hint: str = "a smaller model") -> int:
+    """Run a command's body; what a user can mend becomes one line on stderr and an exit status.
+
+    `hint`: what needs less of the device's memory.
+    """
     try:
         return body()
     except LmplayError as e:
@@ -19,7 +22,7 @@ def ending(command: str, body: Callable[[], int]) -> int:
     except RuntimeError as e:
         if type(e).__name__ != "OutOfMemoryError":  # torch's; not every command imports it
             raise
-        print(f"{command}: the device ran out of memory: a smaller --mini-batch-size, or model?", file=sys.stderr)
+        print(f"{command}: the device ran out of memory: {hint}?", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of a pipe, head say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return ending("lmp_generator", lambda: command(args))
+    return ending("lmp_generator", lambda: command(args), "fewer --num-samples, or a shorter --max-len")
 
 
 def command(args: argparse.Namespace) -> int:

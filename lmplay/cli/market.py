@@ -30,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--minutes", type=positive_float, default=10.0, metavar="N", help="of each market's own time (10)")
     s.add_argument("--messages", type=positive_int, metavar="N", help="end a market after so many messages")
     s.add_argument("--markets", type=positive_int, default=8, metavar="N", help="independent markets at once (8)")
+    s.add_argument(
+        "--context", type=positive_int, metavar="N", help="held-out messages read before the first (as many as fit)"
+    )
     s.add_argument("--no-grammar", action="store_true", help="let any token follow any (with --no-book)")
     s.add_argument("--no-book", action="store_true", help="let messages name orders that are not there")
     s.add_argument("--no-repair", action="store_true", help="reject what names no resting order, without repairing it")
@@ -72,7 +75,7 @@ def _model_options(p: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     commands = {"simulate": simulate, "score": score, "perplexity": perplexity, "generate": generate}
-    return ending("lmp_market", lambda: commands[args.what](args))
+    return ending("lmp_market", lambda: commands[args.what](args), "fewer --markets or --streams")
 
 
 # ---------------------------------------------------------------- what the commands share
@@ -169,7 +172,7 @@ def simulate(args: argparse.Namespace) -> int:
     restored, messages = _restore(args)
     told = _told(args, restored, messages)
     runner, model = restored.runner, restored.model
-    extent = session_run.Extent(args.markets, args.minutes, args.messages)
+    extent = session_run.Extent(args.markets, args.minutes, args.messages, args.context)
     folder = args.save or restored.run.path / "market"
     length = restored.config.max_len
     reader = Reader(runner, model, extent.markets, length, messages.width, not args.no_cache)
@@ -186,15 +189,18 @@ def simulate(args: argparse.Namespace) -> int:
                 )  # fmt: skip
         except KeyboardInterrupt:
             raise LmplayError("interrupted before the first message; nothing was written") from None
-    write_json(folder / "generated" / "report.json", {"model": str(restored.found.path), **result})
+    write_json(folder / "generated" / session_run.REPORT, {"model": str(restored.found.path), **result})
     validity = pd.DataFrame(result["validity"]).T
     _print_table("what became of the sampled messages, by kind (shares)", validity)
+    places = {f"to {end}": (strict, loose) for end, strict, loose in result["valid_by_round"]}
+    if len(places) > 1:
+        title = f"valid (shares), by rounds since the {result['context']} messages that were read"
+        _print_table(title, pd.DataFrame(places, index=["strict", "loose"]))
     print(
         f"{result['messages']} messages in {result['seconds']:.1f} s: {result['messages_per_second']:.1f} messages/s, "
         f"{result['tokens_per_second']:.0f} tokens/s, {result['share_outside_the_model']:.1%} of the time outside of "
         f"the model; {result['messages_per_market_second']:.1f} messages per second of the market"
     )
-    session_run.write_real(told, folder / "real")
     if not args.no_baseline and not result["interrupted"]:
         report.note("simulating the zero-intelligence markets ...")
         session_run.write_baseline(told, extent, folder / "baseline", args.seed)

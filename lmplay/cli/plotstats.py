@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EPILOG = """Figures go to --out: log_loss, log_accuracy, log_bpb, and log_diff_* against the baseline,
-which is the run of gpt2ish in the same plan, or the run that --target names. Runs of different plans
-cannot be compared; they are drawn in folders of their own, named after the plan.
+which is the run of gpt2ish in the same plan, or the run that --target names. Runs of different plans,
+or of one plan on different data, cannot be compared; they are drawn in folders of their own, named after the
+plan and, where that is not enough, its fingerprint and its data's.
 --html and --serve make a page to look at instead: curves, verdicts, learning rates, texts."""
 
 
@@ -123,7 +124,7 @@ def command(args: argparse.Namespace) -> int:
                 path = folder / f"log_{'diff_' if diff else ''}{metric}.{args.out_type}"
                 if draw(path, group, metric, style, baseline, pairs if diff else None):
                     written.append(path)
-        table = final_table(group, partner)
+        table = final_table(group, pairs)
         tables.append(table)
         show(table, plan, console)
         for sentence in sentences(table):

@@ -108,7 +108,7 @@ def positive_float(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return ending("lmp_trainer", lambda: command(args))
+    return ending("lmp_trainer", lambda: command(args), "a smaller --mini-batch-size, or model")
 
 
 def command(args: argparse.Namespace) -> int:
@@ -296,6 +296,7 @@ def check_grads(trainer: Trainer) -> int:
 def profile(trainer: Trainer, args: argparse.Namespace, console: Console) -> int:
     """A Chrome trace of a few optimizer steps, and the top operators as a table."""
     from .. import probe
+    from ..runs import make_out
 
     trainer.prepare(args.mini_batch_size, {})
     arrays = trainer.streams[0].batch(0, trainer.batch_size)
@@ -306,7 +307,7 @@ def profile(trainer: Trainer, args: argparse.Namespace, console: Console) -> int
         trainer.optimizers.step()
         trainer.optimizers.zero_grad()
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_out(args.out)
     trace = args.out / f"profile-{Path(trainer.run.path).name}.json"
     console.print(probe.profile(step, trainer.device, trace))
     print(f"trace: {trace} (open it at chrome://tracing or ui.perfetto.dev)")
@@ -321,6 +322,7 @@ def find_lr(trainer: Trainer, args: argparse.Namespace, report: Report) -> int:
 
     from ..lr_range import range_test
     from ..plots import draw_range
+    from ..runs import make_out
 
     trainer.prepare(args.mini_batch_size, {})
     spec = trainer.plan.optimizer_of(trainer.current)
@@ -342,6 +344,7 @@ def find_lr(trainer: Trainer, args: argparse.Namespace, report: Report) -> int:
 
     with report:
         found = range_test(step, spec.lr, args.steps or RANGE_STEPS, report.show)
+    make_out(args.out)
     stem = args.out / f"find-lr-{trainer.run.path.parent.name}-{trainer.run.path.name}"
     draw_range(stem.with_name(stem.name + ".png"), found, f"{trainer.run.path.name} on {trainer.run.path.parent.name}")
     rows = {"lr": found.rates, "loss": found.losses, "smoothed": found.smoothed}

@@ -73,7 +73,7 @@ def sizes(text: str) -> tuple[float, ...]:
 def main(argv: list[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(given)
-    return ending("lmp_trial", lambda: command(args, given))
+    return ending("lmp_trial", lambda: command(args, given), "a smaller --mini-batch-size, or model")
 
 
 def command(args: argparse.Namespace, given: list[str]) -> int:
@@ -310,7 +310,8 @@ def run_unit(unit: Unit, design: Design, jobs: dict[str, Job]) -> Result:
         config = sized_config(job, prepared.tokenizer.vocab_size)
     run = Run(job, config, prepared, control)
     if parts := run.folder.differs(run.identity):  # of an earlier trial, before somebody changed the idea
-        job.report.note(f"{run.folder.path} is of other {' and '.join(parts)}: it is moved aside")
+        # Not job.report: of one of many runs that is quiet, and an earlier trial's report names what moves.
+        print(f"{run.folder.path} is of other {' and '.join(parts)}: it is moved aside", file=sys.stderr)
         run = Run(replace(job, request=replace(job.request, fresh=True)), config, prepared, control)
     try:
         run.train()

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import LmplayError
+from ..files import write_text
 from ..plan import (
     BinsSource,
     BpeTokenizer,
@@ -137,10 +138,7 @@ def _tokenizer(
         tokenizer = Chars("".join({c for s in sources for d in s.documents() for text, _ in d for c in text}))
     else:
         tokenizer = train_bpe(_training_texts(sources, fraction, spec.train_characters), spec.vocab_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(tokenizer.state(), ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(tokenizer.state(), ensure_ascii=False))
     return tokenizer
 
 

@@ -167,7 +167,10 @@ class Files(Table):
         if self.path.is_dir():
             inside = sorted(p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith("."))
             return [p for p in inside if self._saved_by_datasets or self._format_of(p) is not None]
-        return sorted(p for p in map(Path, glob(str(self.path), recursive=True)) if p.is_file())
+        # Only what lies below the folders that are there is a pattern: their names may have brackets.
+        base = next(p for p in self.path.parents if p.is_dir())
+        pattern = str(self.path.relative_to(base))
+        return sorted(p for p in (base / n for n in glob(pattern, root_dir=base, recursive=True)) if p.is_file())
 
     @property
     def _saved_by_datasets(self) -> bool:

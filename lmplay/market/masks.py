@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .book import ASK, BID, Order
-from .events import ADD, EXECUTE, EXECUTE_AT, MAX_SIZE, REPLACE, Market
+from .events import ADD, EXECUTE, EXECUTE_AT, MAX_PRICE, MAX_SIZE, REPLACE, Market
 from .messages import NA_TOKEN, SECOND, Messages
 
 LONGEST_GAP = 10 * SECOND  # between two messages
@@ -63,6 +63,9 @@ class BookMask:
     model's to say; which order it happens to is chosen among those that are there: that have as much as is taken, and
     where there are such, at the price and with the rest that the message named before. Trades are offered the front of
     each queue only. The next message comes within ten seconds. So every message that is sampled by it is valid.
+
+    Nor does a new order cross the other side: an exchange tells of one that trades by its trades, and data in which one
+    is told otherwise are left out (:func:`lmplay.market.sessions.replay`).
     """
 
     def __init__(self, messages: Messages, market: Market):
@@ -82,6 +85,8 @@ class BookMask:
             return np.array([self.m.kind_token(ADD) - self.m.start["kind"]])
         if field == "side" and self.kind != ADD:
             return np.array([s for s in (BID, ASK) if self.market.book.prices[s]])
+        if field == "price" and self.kind in (ADD, REPLACE):
+            return self._resting(inside)
         if field == "size":
             taken = self.left is not None and self.kind != REPLACE
             return np.arange(1, (int(self.left[:, 2].max()) if taken and self.left is not None else MAX_SIZE) + 1)
@@ -112,6 +117,21 @@ class BookMask:
             self._prefer(self.left[:, 2] - self.size == number)
         elif field in REFERENCE:
             self.left = self.left[self.left[:, self._column(field, inside)] == number]
+
+    def _resting(self, inside: int) -> np.ndarray | None:
+        """The signs (inside 0) or the distances (1) at which an order of this side rests and does not trade."""
+        other = self.market.book.best(1 - self.side)
+        if other is None:
+            return None
+        nearest = other - self.market.mid + (1 if self.side == ASK else -1)
+        low, high = (nearest, MAX_PRICE) if self.side == ASK else (-MAX_PRICE, nearest)
+        if low > high:  # a side has run empty, and the other has come up to the end of what a price can tell
+            return None
+        if inside == 0:
+            return np.array([sign for sign, possible in ((0, low < 0), (1, high >= 0)) if possible])
+        if self.price[0] == 0:
+            low, high = -high, -low
+        return np.arange(max(low, 0), high + 1)
 
     def _prefer(self, rows: np.ndarray) -> None:
         """Keep only these of the orders still possible, where there are any."""

@@ -26,16 +26,21 @@ from .sessions import Findings, Session
 from .simulate import Settings, Simulator
 
 MINUTE = 60 * 10**9
+REPORT = "report.json"
 Show = Callable[[float, str], None]  # (progress in [0, 1], a line)
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How many markets, and how far each is simulated: minutes of its own time, and a number of messages at most."""
+    """How many markets, and how far each is simulated: minutes of its own time, and a number of messages at most.
+
+    `context`: how many held-out messages the model reads before it samples; None: as many as it holds.
+    """
 
     markets: int = 8
     minutes: float = 10.0
     messages: int | None = None
+    context: int | None = None
 
 
 def beginnings(told: Told, markets: int) -> list[int]:
@@ -50,11 +55,17 @@ def beginnings(told: Told, markets: int) -> list[int]:
     return [told.start + i * held // markets for i in range(markets)]
 
 
-def context_of(told: Told, messages: Messages, begin: int, length: int) -> np.ndarray:
-    """(n, width) ids of the messages before a beginning, as many as `length` positions hold beside a sink and one more
-    message."""
+def context_of(told: Told, messages: Messages, begin: int, length: int, wanted: int | None = None) -> np.ndarray:
+    """(n, width) ids of the messages before a beginning: as many as wanted, or as `length` positions hold beside a sink
+    and one more message.
+
+    Raises:
+        LmplayError: more are wanted than that.
+    """
     most = max(1, (length - 1) // messages.width - 1)
-    return messages.encode_messages(told.messages[max(0, begin - most) : begin])
+    if wanted is not None and wanted > most:
+        raise LmplayError(f"--context {wanted}: the model holds {most} messages beside the one that is sampled")
+    return messages.encode_messages(told.messages[max(0, begin - (wanted or most)) : begin])
 
 
 def simulate(
@@ -63,7 +74,8 @@ def simulate(
 ) -> dict[str, Any]:  # fmt: skip
     """Simulate, write the files to `folder`/generated, and return what there is to tell.
 
-    What an earlier simulation left in `folder` goes when this one can begin, or `score` would compare with it.
+    The held-out part is written to `folder`/real first: what ends early can be compared as well. What an earlier
+    simulation left in `folder` goes when this one can begin, or `score` would compare with it.
 
     An interrupt (Ctrl-C) ends it after the round: what was simulated until then is written, and "interrupted" is True.
 
@@ -72,10 +84,13 @@ def simulate(
     """
     begins = beginnings(told, extent.markets)
     markets = told.markets(begins)
-    simulator = Simulator(reader, messages, markets, [context_of(told, messages, b, length) for b in begins], settings)
-    for part in ("generated", "real", "baseline"):
+    contexts = [context_of(told, messages, b, length, extent.context) for b in begins]
+    simulator = Simulator(reader, messages, markets, contexts, settings)
+    for part in ("generated", "baseline"):
         clear(folder / part)
+    write_real(told, folder / "real")
     folder = folder / "generated"
+    (folder / REPORT).unlink(missing_ok=True)
     ends = [min(m.time + int(extent.minutes * MINUTE), DAY) for m in markets]
     starts = [m.time for m in markets]
     tapes = [_tape(folder, m, told.session, i) for i, m in enumerate(markets)]
@@ -119,7 +134,8 @@ def simulate(
         "share_outside_the_model": 1 - (reader.seconds - read_before) / seconds,
         "market_seconds": market_seconds, "messages_per_market_second": happened / max(market_seconds, 1e-9),
         "validity": simulator.tally.table(),
-        "valid_by_message": simulator.tally.over_time(max(1, (length - 1) // messages.width // 2)),
+        "context": min(len(c) for c in contexts),
+        "valid_by_round": simulator.tally.over_time(max(1, (length - 1) // messages.width // 2)),
     }  # fmt: skip
 
 
@@ -143,7 +159,7 @@ def clear(folder: Path) -> None:
     """
     ours = "*_market[0-9][0-9]*_0_0_{}_*.{}"
     patterns = [ours.format(kind, end) for kind in ("message", "orderbook") for end in ("csv", "tmp")]
-    for pattern in (*patterns, "events.parquet", "report.json"):
+    for pattern in (*patterns, "events.parquet"):
         for path in folder.glob(pattern):
             path.unlink()
 

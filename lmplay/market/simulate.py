@@ -56,13 +56,16 @@ class Tally:
     verdicts: Counter[tuple[str, str]] = field(default_factory=Counter)
     loose: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
-    by_round: list[list[int]] = field(default_factory=list)  # of each round: strictly valid, sampled
+    by_round: list[list[int]] = field(default_factory=list)  # of each round: strictly valid, loosely, sampled
 
-    def over_time(self, every: int) -> list[tuple[int, float]]:
-        """(rounds so far, the strictly valid share of the last `every` rounds)."""
+    def over_time(self, every: int) -> list[tuple[int, float, float]]:
+        """(rounds so far, the strictly and the loosely valid share of the last `every` rounds)."""
         ends = range(every, len(self.by_round) + 1, every)
         sums = [np.sum(self.by_round[end - every : end], 0) for end in ends]
-        return [(end, float(valid / max(1, count))) for end, (valid, count) in zip(ends, sums, strict=True)]
+        return [
+            (end, float(strict / max(1, count)), float(loose / max(1, count)))
+            for end, (strict, loose, count) in zip(ends, sums, strict=True)
+        ]
 
     def table(self) -> dict[str, dict[str, float]]:
         """By kind, and for all: messages, shares that are strictly valid, loosely valid, valid after repair, and of
@@ -179,7 +182,7 @@ class Simulator:
         Each event has to be applied to its market before the next is asked for. Markets that are not `active` are
         left alone.
         """
-        self.tally.by_round.append([0, 0])
+        self.tally.by_round.append([0, 0, 0])
         tokens = self._sample()
         rows, readable = self.m.decode_messages(tokens)
         happens: list[Event | None] = []
@@ -211,11 +214,12 @@ class Simulator:
         name = KINDS[message.kind] if readable else "unreadable"
         self.tally.verdicts[name, verdict] += 1
         self.tally.by_round[-1][0] += verdict == VALID
-        self.tally.by_round[-1][1] += 1
+        self.tally.by_round[-1][2] += 1
         if not readable or verdict in ("ticker", "gap") or message.time >= DAY:
             return None
         loose = is_loose(market, message)
         self.tally.loose[name] += loose
+        self.tally.by_round[-1][1] += loose
         if verdict == VALID:
             return market.interpret(message, order)
         event = repaired(market, message)

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 import pandas as pd
 from pydantic import BaseModel, Field, ValidationError
 
-from ..compare import AXES, COVERAGE, GRID, METRICS, Curve, any_curve, baseline_of, by_arena, collect, families
+from ..compare import AXES, COVERAGE, GRID, METRICS, Curve, any_curve, baseline_of, by_arena, collect, families, source
 from ..errors import LmplayError
 from ..palette import COLOURS, GREY, LABELS
 
@@ -205,6 +205,8 @@ class TrialDesign(BaseModel):
     against: str
     precision: str
     tuned: bool
+    data: str
+    sources: dict[str, str]
 
 
 class Arm(BaseModel):
@@ -277,12 +279,14 @@ def find_reports(folders: Sequence[Path], file: str, kind: type[Report]) -> tupl
 
 
 def trial_arenas(trials: Sequence[tuple[Path, TrialReport]], read: Read) -> tuple[list[dict[str, Any]], list[str]]:
-    """The pairs of trials with one plan, budget and baseline as one arena: a pair shares its seed and data order, and
-    each idea has the learning rate that was found for it. And a line for each run that cannot be read."""
+    """The pairs of trials with one plan, data, budget and baseline as one arena: a pair shares its seed and data order,
+    and each idea has the learning rate that was found for it. And a line for each run that cannot be read, or that a
+    later trial of the idea, edited since, has put in its place."""
     groups: dict[tuple[Any, ...], list[tuple[Path, TrialReport]]] = {}
     for path, trial in trials:
         d = trial.design
-        groups.setdefault((d.plan, d.plan_fingerprint, d.against, d.precision, d.tuned), []).append((path, trial))
+        key = (d.plan, f"{d.plan_fingerprint}-{d.data}", d.against, d.precision, d.tuned)
+        groups.setdefault(key, []).append((path, trial))
     arenas, lost = [], []
     for (plan, fingerprint, against, precision, tuned), same in groups.items():
         members: dict[Path, Member] = {}
@@ -296,9 +300,14 @@ def trial_arenas(trials: Sequence[tuple[Path, TrialReport]], read: Read) -> tupl
                     if where in members:
                         continue
                     try:
-                        members[where] = Member(read(where), read(where.with_name("train.csv")), family, family)
+                        member = Member(read(where), read(where.with_name("train.csv")), family, family)
                     except LmplayError as e:
                         lost.append(str(e))
+                        continue
+                    if source(member.curve) == trial.design.sources.get(arm):
+                        members[where] = member
+                    else:
+                        lost.append(f"{where.parent}: left out, {arm} was edited since the trial {path.parent.name}")
         found, problems = page_runs(list(members.values()))
         lost += problems
         if found:

@@ -383,9 +383,12 @@ function chooseArena() {
   samples();
 }
 
+// Of a plan, and of its data where they are known.
+const shortly = (fingerprint) => fingerprint.split("-").map((part) => part.slice(0, 6)).filter(Boolean).join("-");
+
 function fill() {
   const twice = (a) => content.arenas.filter((b) => b.name === a.name).length > 1;
-  options($("arena"), content.arenas.map((a) => [a.key, twice(a) ? `${a.name} (${a.fingerprint.slice(0, 6)})` : a.name]));
+  options($("arena"), content.arenas.map((a) => [a.key, twice(a) ? `${a.name} (${shortly(a.fingerprint)})` : a.name]));
   options($("metric"), content.metrics.map((m) => [m, content.labels[m]]));
   options($("x"), Object.keys(content.axes).map((x) => [x, content.labels[x]]));
   $("made").textContent = (content.live ? "live, " : "") + "as of " + content.made;
