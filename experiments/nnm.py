@@ -18,8 +18,8 @@ Parameters a bank: training only C cell_mul D + 2 cell_mul D mem_heads h, in use
 layer 2 D mem_heads h. The run's first lines say what that makes beside the baseline.
 
 The claim (to be tested): memory beside attention beats a wider feed-forward.
-Result so far (2026-11-22, docs/results.md): at a third of the plan laptop worse than gpt2ish by .073 nats per token,
-seed 0; lmp_trial on the plan sketch: HARMFUL, -.17.
+Result so far (2026-11-23, docs/results.md): on the plan laptop worse than gpt2ish by .136 and .171 nats per token,
+seeds 0 and 1; lmp_trial on the plan sketch: HARMFUL, -.17.
 Source: https://github.com/jmward01/lmplay (nnmemory 1 and 2).
 """
 

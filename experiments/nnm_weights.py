@@ -13,7 +13,8 @@ and in use, so that `--match flops` is the comparison to look at. Nothing folds.
 The source leaves open what "memory that produces weights for the linear layers" mixes by; here by position.
 
 The claim (to be tested): few cells suffice to beat a plain layer.
-Result so far (2026-11-22, docs/results.md): lmp_trial on the plan sketch, untuned: UNDECIDED, -.11 nats per token.
+Result so far (2026-11-23, docs/results.md): on the plan laptop worse than gpt2ish by .044 and .033 nats per token,
+seeds 0 and 1; lmp_trial on the plan sketch, untuned: UNDECIDED, -.11.
 Source: https://github.com/jmward01/lmplay (nnmemory 3).
 """
 

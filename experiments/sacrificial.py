@@ -18,8 +18,8 @@ Training-only parameters at 50257 x 768 with 6 blocks: 500 M in the predicting n
 and 628 M (sac2), beside the baseline's 120.6 M in all.
 
 The claim (to be tested): the largest gain of the family at the same inference cost.
-Result so far (2026-11-22, docs/results.md): at a third of the plan laptop .009 nats per token behind gpt2ish, seed 0;
-lmp_trial on the plan sketch, untuned: UNDECIDED, a gain of .032.
+Result so far (2026-11-23, docs/results.md): sac1 on the plan laptop worse than gpt2ish by .119 and .135 nats per
+token, seeds 0 and 1; lmp_trial on the plan sketch, untuned: UNDECIDED, a gain of .032.
 Source: https://github.com/jmward01/lmplay (sacrificial).
 """
 

@@ -29,7 +29,8 @@ exp_mul D² + 5 matrices of each size. All of it folds away.
 
 The claim (to be tested): faster learning than plain layers; better without the blocks' LayerNorms.
 Result so far (2026-11-22, docs/results.md): uw1 on the plan laptop better than gpt2ish by .083 and .076 nats per
-token, seeds 0 and 1; lmp_trial on the plan sketch, with both rates tuned: UNDECIDED, the gain is not found again.
+token, seeds 0 and 1; lmp_trial on the plan sketch: UNDECIDED, -.060 (above 0 is better) at twice the plan's rate, which
+one seed chose and which blows up with others; at the plan's rate that seed gained .057.
 Source: https://github.com/jmward01/lmplay (unified weights 1 to 6).
 """
 

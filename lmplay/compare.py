@@ -23,6 +23,7 @@ from .errors import LmplayError, nearest
 AXES = {"tokens": "tokens", "steps": "step", "flops": "flops", "seconds": "seconds"}  # --x to column
 METRICS = ("loss", "bpb", "accuracy")
 ANCESTOR_SUFFIXES = {"train": "_train_stats.csv", "validate": "_validate_stats.csv"}
+BASELINE = "gpt2ish"
 GRID = 400  # points of a common grid
 COVERAGE = 0.95  # of the bands
 TRIALS = "trial-"  # how the folders of a trial's runs begin, each of whose pairs reads its data in another order
@@ -108,11 +109,14 @@ def collect(
                 paths.append(p)
         paths += list(folder.rglob(f"*{ANCESTOR_SUFFIXES[kind]}"))
     paths = sorted(set(paths), key=lambda p: (p.stat().st_mtime, str(p)))
-    left_out = [f"{p}: left out (--max-files {max_files})" for p in paths[:-max_files]]
+    # What all others are compared with is often the oldest of them.
+    dropped = [p for p in paths[:-max_files] if not _of_baseline(p)]
+    left_out = [f"{p}: left out (--max-files {max_files})" for p in dropped]
     if of_trials:
         left_out.append(f"{of_trials} runs of trials: left to the page (--html, --serve)")
     curves: dict[object, Curve] = {}
-    for path in paths[-max_files:]:
+    gone = set(dropped)
+    for path in (p for p in paths if p not in gone):
         try:
             curve = (read or any_curve)(path)
         except LmplayError as e:
@@ -123,6 +127,15 @@ def collect(
             left_out.append(f"{curves[key].path}: left out, {path} is the same run and newer")
         curves[key] = curve
     return list(curves.values()), left_out
+
+
+def _of_baseline(path: Path) -> bool:
+    """Whether a curve is of a run of gpt2ish as it stands in its file."""
+    try:
+        record = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
+        return record["identity"]["variant"] == BASELINE and not record.get("overrides")
+    except (OSError, ValueError, KeyError, TypeError):  # the ancestor's, or a file that is said to be odd when read
+        return False
 
 
 def any_curve(path: Path) -> Curve:
@@ -187,7 +200,7 @@ def baseline_of(curves: Sequence[Curve], target: str | None) -> Curve | None:
         if not named:
             raise LmplayError(f"--target {target}: no such run{nearest(target, [c.name for c in curves])}")
         return min(named, key=lambda c: (bool(c.run.get("overrides")), c.name))
-    plain = [c for c in curves if c.variant == "gpt2ish"]
+    plain = [c for c in curves if c.variant == BASELINE]
     return min(plain, key=lambda c: (bool(c.run.get("overrides")), c.name), default=None)
 
 

@@ -22,7 +22,10 @@ def check_tokenizer(source: Restored, fingerprint: str) -> None:
     """
     if source.tokenizer.fingerprint != fingerprint:
         where = source.run.path
-        raise LmplayError(f"--initial-model {where}: it was trained with another tokenizer: its tokens are other texts")
+        raise LmplayError(
+            f"--initial-model {where}: it was trained with another tokenizer, and its tokens are other texts: "
+            "take the plan it was trained on, or one with its tokenizer"
+        )
 
 
 def adopt(runner: ModelRunner, model: nn.Module, source: Restored, say: Callable[[str], None]) -> None:

@@ -75,7 +75,7 @@ def locate(model: Path | None, out: Path, say: Callable[[str], None], option: st
         run = RunFolder(model)
         found = run.newest(say)
         if found is None:
-            raise LmplayError(f"{option} {model}: this run has no checkpoint yet")
+            raise LmplayError(f"{option} {model}: this run has no checkpoint yet (lmp_trainer --save-minutes)")
         return run, found
     run = RunFolder(model.resolve().parent.parent)
     if not (run.path / RUN_FILE).exists():

@@ -190,7 +190,8 @@ def _judge_one(
 
 
 def further_pairs(d: Sequence[float], smallest: float, plan: list[int], level: float = LEVEL) -> int | None:
-    """How many more pairs would settle it if mean and spread stay what they are; None where even a thousand would not.
+    """How many more pairs would settle it if mean and spread stay what they are; None where even a thousand would not,
+    and 0 where by this there are enough: it is close.
 
     The normal approximation of both ways out: the interval leaves 0, or it fits within the smallest effect.
     """
@@ -205,7 +206,7 @@ def further_pairs(d: Sequence[float], smallest: float, plan: list[int], level: f
     if room <= 0:
         return None
     needed = max(plan[0], math.ceil((z * deviation / room) ** 2))
-    return max(1, needed - len(v)) if needed <= 1000 else None
+    return max(0, needed - len(v)) if needed <= 1000 else None
 
 
 def tokens_to_reach(tokens: Sequence[float], losses: Sequence[float], target: float) -> float:

@@ -63,6 +63,16 @@ def test_a_run_without_its_pair_is_in_no_difference(command: Command, tmp_path: 
     assert compare.unpaired(curves, one) == []
 
 
+def test_the_oldest_runs_are_left_out_but_for_the_baseline(tmp_path: Path) -> None:
+    names = ("gpt2ish", "first", "second", "third")
+    for age, name in enumerate(names):
+        folder = fake_run(tmp_path, name, "p", 0.0)
+        os.utime(folder / "validate.csv", (age, age))
+    curves, left_out = compare.collect([tmp_path], "validate", 2)
+    assert [c.name for c in curves] == ["gpt2ish-s0", "second-s0", "third-s0"]
+    assert [line for line in left_out if "--max-files 2" in line and "first-s0" in line] == left_out
+
+
 def test_smoothing_is_causal() -> None:
     y = np.array([0.0, 0, 0, 6, 0, 0])
     assert compare.smooth(y, 3).tolist() == [0, 0, 0, 2, 2, 2]

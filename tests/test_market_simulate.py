@@ -151,6 +151,8 @@ CANCEL_OF_2 = Message(0, CANCEL, BID, -1, 7, 0, 5, 105, -1, 7, 20)
         ({"ref_size": 6}, "reference", True, (CANCEL, 2, 7)),  # of its time
         ({"ref_size": 6, "ref_time": 21}, "reference", True, (CANCEL, 1, 5)),  # the front, and no more than it has
         ({"size": 8}, "valid", True, (CANCEL, 2, 7)),  # at least what is left: a delete
+        ({"size": 3}, "valid", True, (CANCEL, 2, 7)),  # nothing remains, it says
+        ({"size": 3, "remaining": 4}, "valid", True, (CANCEL, 2, 3)),
         ({"kind": EXECUTE, "ref_size": 5, "ref_time": 10, "size": 6}, "size", True, (EXECUTE, 1, 5)),
         ({"size": 0}, "size", True, None),
         ({"kind": EXECUTE}, "front", True, (EXECUTE, 1, 5)),
@@ -194,19 +196,23 @@ def test_a_book_mask_leaves_only_what_rests() -> None:
     market = book_of_three()
     start = ((1, CANCEL), (2, BID), (3, 0), (4, 1))
     assert allowed(masked(market, start[0]), 2) == [BID, ASK]
-    mask = masked(market, *start)
-    assert mask.allowed(3) is None, "what happens is the model's to say"
-    assert allowed(mask, 5) == [1, 2, 3, 4, 5, 6, 7]
-    mask.take(5, 6)  # only the order of 7 has so much
-    assert [allowed(mask, p) for p in (16, 17, 18, 23)] == [[0], [1], [7], [20]]
-    either = masked(market, *start, (5, 4))
-    assert allowed(either, 18) == [5, 7]
-    either.take(6, 1)  # what is to be left of it tells which
-    assert allowed(either, 18) == [5]
-    nowhere = masked(market, (1, CANCEL), (2, BID), (3, 1), (4, 500), (5, 4), (6, 999))
-    assert allowed(nowhere, 17) == [1], "nothing rests at that price: any order that has enough"
-    trades = masked(market, (1, EXECUTE), (2, BID))
+    mask = masked(market, *start[:2])
+    assert allowed(mask, 3) == [0], "something rests there"
+    mask.take(3, 0)
+    assert allowed(mask, 4) == [1]
+    mask.take(4, 1)
+    assert allowed(mask, 5) == [5, 7], "the sizes that rest there"
+    mask.take(5, 5)
+    assert allowed(mask, 6) == [0, 2], "all of the one, or a part of the other"
+    part = masked(market, *start, (5, 5), (6, 2))
+    assert [allowed(part, p) for p in (16, 17, 18, 23)] == [[0], [1], [7], [20]]
+    mask.take(6, 0)
+    assert [allowed(mask, p) for p in (16, 17, 18, 23)] == [[0], [1], [5], [10]]
+    trades = masked(market, (1, EXECUTE), (2, BID), (3, 0), (4, 1))
     assert allowed(trades, 18) == [5], "a trade is offered the front only"
+    assert allowed(trades, 5) == [1, 2, 3, 4, 5]
+    trades.take(5, 2)
+    assert allowed(trades, 6) == [3]
     empty = Market(0, [], time=1)
     assert allowed(masked(empty), 1) == [ADD]
 

@@ -126,7 +126,7 @@ def test_the_pairs_of_trials_are_one_arena_and_their_other_runs_none(tmp_path: P
     change(tmp_path / "trial-laptop-abc123-lr4" / "ue-s1", identity={"experiment": "edited"})
     content, left_out = gather.gather([tmp_path], 200)
     assert len(content["arenas"][0]["runs"]) == 3
-    assert any("ue-s1: left out, ue was edited since the trial one" in line for line in left_out)
+    assert any("one: 1 run of ue left out, which was edited since" in line for line in left_out)
 
 
 def test_trials_on_other_data_are_another_arena(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("run", type=Path, metavar="RUN", help="a run's folder or a checkpoint in it")
-    p.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (beside the run)")
+    p.add_argument(
+        "--out", type=Path, metavar="FOLDER|FILE", help="where to write: a folder, for gguf a file (beside the run)"
+    )
     p.add_argument("--format", choices=tuple(SUFFIXES), default="lmplay")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     return p
@@ -133,7 +135,10 @@ def validation(restored: Restored, report: Report) -> list[Arrays]:
     plan = parse_plan(restored.run.read()["plan"], f"the plan in {restored.run.path}")
     prepared = prepare(plan, report.preparing)
     if prepared.fingerprint != restored.run.read()["identity"]["data"]:
-        raise LmplayError(f"{restored.run.path}: the plan's data is not what it was when the run was trained")
+        raise LmplayError(
+            f"{restored.run.path}: the plan's data is not what it was when the run was trained: restore it, or "
+            "train anew with --fresh"
+        )
     return list(ValidationSet(plan, prepared, restored.config.max_len).batches(8))
 
 
@@ -196,7 +201,8 @@ def check(name: str, before: Seen, after: Seen, loss_tolerance: float, logit_tol
     if not (distance <= logit_tolerance and abs(after.loss - before.loss) <= loss_tolerance):
         raise LmplayError(
             f"the {name} model computes something else than the trained one (allowed: {logit_tolerance:g} of the "
-            f"largest logit, {loss_tolerance:g} nats): nothing is written"
+            f"largest logit, {loss_tolerance:g} nats): nothing is written; the experiment's fold is wrong, "
+            "and lmplay.testing.check_experiment says more"
         )
 
 

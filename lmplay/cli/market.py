@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--no-repair", action="store_true", help="reject what names no resting order, without repairing it")
     s.add_argument("--no-cache", action="store_true", help="read everything again for every token: slow")
     s.add_argument("--no-baseline", action="store_true", help="leave the zero-intelligence markets beside it away")
-    s.add_argument("--temperature", type=float, default=1.0)
+    s.add_argument("--temperature", type=float, default=1.0, help="below 1 surer, above 1 wilder (1)")
     s.add_argument("--seed", type=int, default=0)
     s.add_argument("--save", type=Path, metavar="DIR", help="where the files go (RUN/market)")
 
@@ -192,10 +192,9 @@ def simulate(args: argparse.Namespace) -> int:
     write_json(folder / "generated" / session_run.REPORT, {"model": str(restored.found.path), **result})
     validity = pd.DataFrame(result["validity"]).T
     _print_table("what became of the sampled messages, by kind (shares)", validity)
-    places = {f"to {end}": (strict, loose) for end, strict, loose in result["valid_by_round"]}
+    places = pd.DataFrame(result["valid_by_round"], columns=["to round", "strict", "loose"]).set_index("to round")
     if len(places) > 1:
-        title = f"valid (shares), by rounds since the {result['context']} messages that were read"
-        _print_table(title, pd.DataFrame(places, index=["strict", "loose"]))
+        _print_table(f"valid (shares), by rounds since the {result['context']} messages that were read", places)
     print(
         f"{result['messages']} messages in {result['seconds']:.1f} s: {result['messages_per_second']:.1f} messages/s, "
         f"{result['tokens_per_second']:.0f} tokens/s, {result['share_outside_the_model']:.1%} of the time outside of "

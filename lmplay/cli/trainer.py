@@ -62,18 +62,28 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--training-plan",
         metavar="NAME|FILE.json|list",
-        help="the arena (laptop without a GPU, else default)",
+        help="the arena (laptop; with a CUDA card default, all of English and Spanish Wikipedia from the hub)",
     )
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--amp", action="store_true", help="bf16 where the hardware has it, fp16 on older CUDA cards")
     p.add_argument("--compile-model", action="store_true", help="torch.compile the model")
     p.add_argument("--mini-batch-size", type=positive_int, metavar="N", help="sequences in a pass (found by trying)")
-    p.add_argument("--seed", type=int, help="of weights and dropout, never of the data's order (the plan's)")
+    p.add_argument(
+        "--seed", type=int, help="of weights and dropout (the plan's seed); the order of the data does not depend on it"
+    )
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a Config field")
     p.add_argument("--match", choices=("params", "flops"), help="train the baseline at the experiment's size instead")
     p.add_argument("--initial-model", type=Path, metavar="RUN", help="start from a trained run's weights")
-    p.add_argument("--freeze", action="append", default=[], metavar="PATTERN", help="parameters that do not train")
-    p.add_argument("--train-only", action="append", default=[], metavar="PATTERN", help="the only ones that do")
+    p.add_argument(
+        "--freeze",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="parameters that do not train, as a shell pattern of their names: '*_embed.*'; may be given again",
+    )
+    p.add_argument(
+        "--train-only", action="append", default=[], metavar="PATTERN", help="the only ones that do; may be given again"
+    )
     p.add_argument("--minutes", type=positive_float, help="budget of training time, instead of the plan's")
     p.add_argument("--tokens", type=positive_int, help="budget of tokens, instead of the plan's")
     p.add_argument("--steps", type=positive_int, help="budget of optimizer steps, instead of the plan's")
@@ -93,14 +103,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def positive_int(text: str) -> int:
-    value = int(float(text)) if "e" in text.lower() else int(text)
+    try:
+        value = int(float(text)) if "e" in text.lower() else int(text)
+    except (ValueError, OverflowError):
+        value = 0
     if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
     return value
 
 
 def positive_float(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
     return value
@@ -185,8 +201,9 @@ def choose_plan(name: str | None, device: torch.device, report: Report) -> tuple
     from ..plan import find_plan, load_plan
 
     if name is None:
-        name = "laptop" if device.type == "cpu" else "default"
-        reason = "no GPU is used" if device.type == "cpu" else "a GPU is used"
+        large = device.type == "cuda"
+        name = "default" if large else "laptop"
+        reason = "a CUDA card is used; its texts come from the hub" if large else "no CUDA card is used"
         report.note(f"training plan: {name} ({reason}; --training-plan list shows the others)")
     path = find_plan(name)
     return path.stem, load_plan(path)

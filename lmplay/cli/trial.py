@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BusyError, LmplayError, NotFiniteError
 from ..files import write_json
-from ..verdict import fewest
+from ..verdict import REAL, fewest
 from . import ending
 from .trainer import positive_int
 
@@ -386,7 +386,9 @@ def _show(told: dict[str, Any], console: Console) -> None:
     design = told["design"]
     for arm, v in told["arms"].items():
         tuned = "" if v["tuned"] else " (untuned: every arm at the plan's learning rate)"
-        more = f"; about {v['more']} more pairs would settle it" if v["more"] else ""
+        if v["word"] == REAL and not v["controls"]:
+            tuned += " (no controls: --controls params,flops,seconds)"
+        more = "" if v["more"] is None else "; " + further(v["more"])
         console.print(f"{arm} against {design['against']}: {v['word']}{tuned}: {v['why']}{more}", highlight=False)
         ends = f"{_end(v['low'])} to {_end(v['high'])}"
         if v["gain"] is None:
@@ -421,7 +423,14 @@ def _show(told: dict[str, Any], console: Console) -> None:
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     cost = told["cost"]
-    console.print(f"runs: {cost['runs']}\nhours: {cost['hours']:.3f}", highlight=False)
+    console.print(f"runs: {cost['runs']}\ntraining_hours: {cost['hours']:.3f}", highlight=False)
+
+
+def further(pairs: int) -> str:
+    """How many more pairs it would take, in words."""
+    if pairs == 0:
+        return "it is close: some more pairs may settle it (--max-seeds)"
+    return f"about {pairs} more pair{'s' * (pairs > 1)} would settle it"
 
 
 def _end(value: float | None) -> str:

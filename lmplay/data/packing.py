@@ -86,7 +86,8 @@ class Mixture:
         for tokens, size in zip(sets, self.sizes, strict=True):
             if size == 0:
                 raise LmplayError(
-                    f"data set {tokens.name}: {len(tokens.train)} training tokens are no sequence of {length}"
+                    f"data set {tokens.name}: {len(tokens.train)} training tokens are no sequence of {length}: "
+                    "more text, or a smaller max_len?"
                 )
         counts = self._turns()
         # Turns of a data set with c of them stand at (i + 1/2) / c; sorting merges the data sets evenly.

@@ -130,8 +130,8 @@ class Market:
                 raise BookError("no resting order has that side, price, size and time")
         if message.kind == REPLACE:
             return Event(message.time, REPLACE, message.side, price, message.size, order.id, self.next_id)
-        if message.kind == CANCEL and message.size > order.size:
-            message = message._replace(size=order.size)  # of at least what is left: a delete
+        if message.kind == CANCEL and (message.size > order.size or message.remaining == 0):
+            message = message._replace(size=order.size)  # of at least what is left, or all of it by its own word
         if not 0 < message.size <= order.size:
             raise BookError(f"order {order.id} has {order.size} left, {message.size} cannot be taken")
         if message.kind != EXECUTE_AT:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .book import ASK, BID, Order
-from .events import ADD, EXECUTE, EXECUTE_AT, MAX_PRICE, MAX_SIZE, REPLACE, Market
+from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, MAX_PRICE, MAX_SIZE, REPLACE, Market
 from .messages import NA_TOKEN, SECOND, Messages
 
 LONGEST_GAP = 10 * SECOND  # between two messages
@@ -60,9 +60,11 @@ class BookMask:
     """The tokens of a message's reference that still lead to an order that rests in the book.
 
     `allowed` gives them for the next position; `take` follows the one that was sampled. What happens and when is the
-    model's to say; which order it happens to is chosen among those that are there: that have as much as is taken, and
-    where there are such, at the price and with the rest that the message named before. Trades are offered the front of
-    each queue only. The next message comes within ten seconds. So every message that is sampled by it is valid.
+    model's to say; which order it happens to is chosen among those that are there, at a price at which there are some.
+    Trades are offered the front of each queue only, and take no more than it has. A cancel is offered the sizes that
+    rest, and then what it may leave of an order: nothing, or what it would leave of a larger one. (Were it free to name
+    any size, most would name none that rests, and what was meant to go would stay in part.) The next message comes
+    within ten seconds. So every message that is sampled by it is valid.
 
     Nor does a new order cross the other side: an exchange tells of one that trades by its trades, and data in which one
     is told otherwise are left out (:func:`lmplay.market.sessions.replay`).
@@ -87,9 +89,15 @@ class BookMask:
             return np.array([s for s in (BID, ASK) if self.market.book.prices[s]])
         if field == "price" and self.kind in (ADD, REPLACE):
             return self._resting(inside)
+        if field == "price" and self.left is not None and self.kind != EXECUTE_AT:
+            return np.unique(self.left[:, inside])
         if field == "size":
-            taken = self.left is not None and self.kind != REPLACE
-            return np.arange(1, (int(self.left[:, 2].max()) if taken and self.left is not None else MAX_SIZE) + 1)
+            if self.left is None or self.kind == REPLACE:
+                return np.arange(1, MAX_SIZE + 1)
+            sizes = np.unique(self.left[:, 2])
+            return sizes if self.kind == CANCEL else np.arange(1, int(sizes[-1]) + 1)
+        if field == "remaining" and self.left is not None:
+            return np.unique(self.left[:, 2] - self.size)
         if field in REFERENCE and self.left is not None:
             return np.unique(self.left[:, self._column(field, inside)])
         return None
@@ -108,13 +116,13 @@ class BookMask:
             self.price.append(number)
         if self.left is None:
             return
-        if field == "size" and self.kind != REPLACE:
+        if field == "price" and self.kind in (EXECUTE, CANCEL):
+            self.left = self.left[self.left[:, inside] == number]
+        elif field == "size" and self.kind != REPLACE:
             self.size = number
             self.left = self.left[self.left[:, 2] >= number]
-            if self.kind != EXECUTE_AT:
-                self._prefer((self.left[:, :2] == self.price).all(1))
         elif field == "remaining" and self.kind != REPLACE:
-            self._prefer(self.left[:, 2] - self.size == number)
+            self.left = self.left[self.left[:, 2] - self.size == number]
         elif field in REFERENCE:
             self.left = self.left[self.left[:, self._column(field, inside)] == number]
 
@@ -132,11 +140,6 @@ class BookMask:
         if self.price[0] == 0:
             low, high = -high, -low
         return np.arange(max(low, 0), high + 1)
-
-    def _prefer(self, rows: np.ndarray) -> None:
-        """Keep only these of the orders still possible, where there are any."""
-        if self.left is not None and rows.any():
-            self.left = self.left[rows]
 
     @staticmethod
     def _column(field: str, inside: int) -> int:

@@ -23,7 +23,7 @@ from .events import DAY, Market
 from .messages import Messages
 from .record import Tape, write_parquet
 from .sessions import Findings, Session
-from .simulate import Settings, Simulator
+from .simulate import Settings, Simulator, Tally
 
 MINUTE = 60 * 10**9
 REPORT = "report.json"
@@ -135,8 +135,14 @@ def simulate(
         "market_seconds": market_seconds, "messages_per_market_second": happened / max(market_seconds, 1e-9),
         "validity": simulator.tally.table(),
         "context": min(len(c) for c in contexts),
-        "valid_by_round": simulator.tally.over_time(max(1, (length - 1) // messages.width // 2)),
+        "valid_by_round": simulator.tally.over_time(_stretch(length, messages, simulator.tally)),
     }  # fmt: skip
+
+
+def _stretch(length: int, messages: Messages, tally: Tally) -> int:
+    """Rounds over which validity is told: half a context, or as many of these as leave ten rows."""
+    half = max(1, (length - 1) // messages.width // 2)
+    return half * -(-len(tally.by_round) // (10 * half))
 
 
 def _line(simulator: Simulator, markets: list[Market], seconds: float) -> str:

@@ -295,6 +295,7 @@ def trial_arenas(trials: Sequence[tuple[Path, TrialReport]], read: Read) -> tupl
             arms += [(name, arm.lr_factor, arm.runs) for name, arm in trial.arms.items()]
             for arm, rate, runs in arms:
                 family = arm if rate == 1 else f"{arm} (lr × {rate:g})"
+                edited = 0
                 for run in runs:
                     where = path.parents[2].joinpath(*safe_parts(run), "validate.csv")
                     if where in members:
@@ -307,7 +308,10 @@ def trial_arenas(trials: Sequence[tuple[Path, TrialReport]], read: Read) -> tupl
                     if source(member.curve) == trial.design.sources.get(arm):
                         members[where] = member
                     else:
-                        lost.append(f"{where.parent}: left out, {arm} was edited since the trial {path.parent.name}")
+                        edited += 1
+                if edited:
+                    runs_of = f"{edited} run{'s' * (edited > 1)} of {arm}"
+                    lost.append(f"{path.parent}: {runs_of} left out, which was edited since")
         found, problems = page_runs(list(members.values()))
         lost += problems
         if found:

@@ -226,7 +226,7 @@ function draw() {
 
 function say(groups, diff, base, null_, windows, unpaired) {
   const parts = [], count = Number($("smooth").value), window = Math.max(1, ...windows);
-  if (!groups.size) parts.push("Nothing to draw: no run here has these columns, or none is found.");
+  if (!groups.size) parts.push("Nothing to draw: no run matches the search, or none has this metric on this axis.");
   if (window > 1) parts.push(`Each point is the mean of ${window} ${$("kind").value === "train" ? "steps" : "validations"}.`);
   parts.push(count > 1 ? `Smoothed, all curves alike: the mean of the last ${count} points.` : "Not smoothed.");
   const single = [...groups].filter(([, s]) => s.length === 1).map(([name]) => name);
@@ -318,8 +318,9 @@ function verdicts() {
     if (v.deviation_paired !== null) line(`deviation of the difference: paired ${short(v.deviation_paired)}, unpaired ${short(v.deviation_unpaired)}`);
     for (const [control, values] of Object.entries(v.controls))
       line(`against the baseline of equal ${control}: ${signed(-values.reduce((s, x) => s + x, 0) / values.length)} (${values.length} seeds)`);
-    if (v.more) line(`about ${v.more} more pairs would settle it`);
-    line(`${trial.cost.runs} runs, ${trial.cost.hours.toFixed(2)} hours`);
+    if (v.more === 0) line("it is close: some more pairs may settle it");
+    if (v.more) line(`about ${v.more} more pair${v.more > 1 ? "s" : ""} would settle it`);
+    line(`${trial.cost.runs} runs, ${trial.cost.hours.toFixed(2)} hours of training`);
     cards.push(card);
   }
   for (const sizes of content.sizes) for (const [arm, fit] of Object.entries(sizes.fits)) {
@@ -330,7 +331,7 @@ function verdicts() {
   }
   for (const trial of content.trials) if (!Object.keys(trial.arms).length) {
     const card = element("article", undefined, "card UNDECIDED");
-    card.append(element("h3", trial.name), element("p", `not so far: ${trial.cost.runs} runs done`));
+    card.append(element("h3", trial.name), element("p", `no verdict yet: ${trial.cost.runs} runs done`));
     cards.push(card);
   }
   $("verdicts").replaceChildren(...cards);
