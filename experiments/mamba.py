@@ -21,7 +21,8 @@ inputs it keeps one state a chunk, sqrt(T) (N, E); the backward pass computes th
 in log2(T) parallel rounds would move every state several times; where memory is what limits, stepping is faster.
 `kernel` is mamba-ssm's CUDA kernel where that is installed, else the chunked scan, as is announced. All of them keep
 decays and states in float32 under autocast. FLOPs are counted as run: with the products that the backward pass makes
-again, without a kernel's, and without what is no product (per token and block some 10 N E in the scan).
+again, without a kernel's, and without what is no product (in the scan, per token and block, some 5 N E in use and
+20 N E in training).
 
 The claim (of others, at larger sizes): level with a transformer at equal data; in use no cache that grows.
 Result so far (2026-11-22, docs/results.md): on the plan laptop better than gpt2ish by .460 and .460 nats per token,

@@ -15,7 +15,8 @@ K and V come from weights alone: computed once for all mini-batches of an optimi
 tables (mem_heads x C x h) and drops cells, W_k and W_v. The cells' wide layers learn at 1/cell_mul of the rate, as a
 step of Adam moves their product by the rate times the cells' size. No standard architecture holds what is left.
 Parameters a bank: training only C cell_mul D + 2 cell_mul D mem_heads h, in use 2 C mem_heads h; and a reading
-layer 2 D mem_heads h. The run's first lines say what that makes beside the baseline.
+layer 2 D mem_heads h. The run's first lines say what that makes beside the baseline. mem_heads and cells are numbers of
+their own: a memory is 1.5 times as wide as the model at the size of laptop, and half as wide at the default.
 
 The claim (to be tested): memory beside attention beats a wider feed-forward.
 Result so far (2026-11-23, docs/results.md): on the plan laptop worse than gpt2ish by .136 and .171 nats per token,

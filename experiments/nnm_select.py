@@ -9,11 +9,13 @@ cells, several heads at a time, and the scores weigh a table of trained values.
 num_blocks layers are blocks of the baseline (B) and which memories (N): it is repeated, or cut, to num_blocks
 letters; other characters are for the eye (BN-BNN-BNNN). W1 is D x D, a head of the table as wide as the attention's.
 A memory costs D² + D M C + C M h + M h D parameters and the like in FLOPs, where a block costs 12 D²: the run's
-first lines say what that makes beside the baseline. Nothing folds.
+first lines say what that makes beside the baseline. mem_heads and cells are numbers of their own: a memory is half of a
+block at the size of laptop and a fifth of one at the default. Nothing folds.
 
 The claim (to be tested): two of three blocks can be memories at little loss.
-Result so far (2026-11-22, docs/results.md): on the plan laptop better than gpt2ish by .198 and .177 nats per token,
-seeds 0 and 1, with fewer parameters; lmp_trial on the plan sketch: UNDECIDED, +.06.
+Result so far (2026-11-23, docs/results.md): with two of four blocks memories (BNNB) on the plan laptop better than
+gpt2ish by .198 and .177 nats per token, seeds 0 and 1, with fewer parameters; lmp_trial on the plan sketch, with one
+of two (BN): UNDECIDED, +.06. The claim itself, at a depth of three or more, was not tried.
 Source: https://github.com/jmward01/lmplay (nnmemory 4).
 """
 

@@ -14,7 +14,8 @@ The source leaves open what "memory that produces weights for the linear layers"
 
 The claim (to be tested): few cells suffice to beat a plain layer.
 Result so far (2026-11-23, docs/results.md): on the plan laptop worse than gpt2ish by .044 and .033 nats per token,
-seeds 0 and 1; lmp_trial on the plan sketch, untuned: UNDECIDED, -.11.
+seeds 0 and 1; lmp_trial on the plan sketch, untuned: UNDECIDED, -.11 (while
+its biases still decayed with the matrices).
 Source: https://github.com/jmward01/lmplay (nnmemory 3).
 """
 

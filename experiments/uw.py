@@ -18,8 +18,8 @@ vocabulary would outweigh the model).
 
 Versions: uw1 plain; uw2 predicted by one network for the model; uw3 by one for each layer; uw4 by one for each
 purpose (query, key, ..., fc2); uw5 the same with depth 2; uw6 by one network without activation, exp_mul 32 (or 64).
-The source also adds a number to a_out and to a_in, which is left out here: it adds a multiple of the input's sum to
-all outputs alike, and where LayerNorms stand before or behind, they all but remove that. The source leaves open: z
+The source also adds a number to a_out and to a_in, which is left out here: a vector of which each entry is trained is
+that number already. The source leaves open: z
 has exp_mul D entries in every layer, also where the input is 4 D wide, and the hidden layer D units, so that networks
 can be shared; what makes a vector learns at a rate that moves the vector as fast as a plain one, and what is added
 to W at .02 of that, the size of W's entries (see param_groups).

@@ -8,7 +8,8 @@ job of keeping them small from the value projection.
 
 `norm` names what is normalised: v (the idea), k, qk (QK-norm, Henry et al. 2020 with LayerNorm), kv.
 `where` names the blocks: all, skip_first (embeddings are left alone), first.
-Differs from gpt2ish in the lines marked CHANGED; costs h gains and h biases a block and under 1 % of time.
+Differs from gpt2ish in the lines marked CHANGED; costs h gains and h biases a block for each thing
+that is normalised, and no time that could be measured.
 
 The claim (to be tested): a small gain for nearly no cost; norms on keys or queries hurt.
 Result so far (2026-11-22, docs/results.md): on the plan laptop worse than gpt2ish by .387 to .410 nats per token,

@@ -182,12 +182,12 @@ def test_runs_of_different_plans_are_kept_apart(command: Command, tmp_path: Path
 
 
 def test_max_files_keeps_the_newest_and_says_so(command: Command, tmp_path: Path) -> None:
-    for age, name in enumerate(("ue", "value_norm", "gpt2ish")):
+    for age, name in enumerate(("value_norm", "gpt2ish", "ue")):
         folder = fake_run(tmp_path / "gpt_out", name, "laptop", 0.0)
         os.utime(folder / "validate.csv", (1e9 - age, 1e9 - age))
     done = command("lmp_plotstats", "--max-files", "2")
     assert "left out (--max-files 2)" in done.stdout
-    assert "gpt2ish-s0" in done.stdout.split("left out")[0]
+    assert "ue-s0" in done.stdout.split("left out")[0]
     one = command("lmp_plotstats", "--target", "nobody")
     assert one.returncode == 1
     assert "no such run" in one.stderr
