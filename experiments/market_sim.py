@@ -18,7 +18,7 @@ The claim (to be tested): a lower loss and fewer cancels of orders that are not 
 lasts past the context with the sink and breaks without.
 Result so far (2026-11-23, docs/results.md): against `vanilla` it was not run; lmp_trial on the plan market_smoke, some
 seconds of training: HARMFUL, -.07 against gpt2ish. Trained for half an hour on market_btc none of its cancels names an
-order's exact time without the book mask, 71 % a price at which something rests. Past the context nothing breaks, with
+order's exact time without the book mask, 68 % a price at which something rests. Past the context nothing breaks, with
 the sink or without, at four layers and 42 messages.
 Source: the ancestor's log; MarketGPT (Wheeler and Varner 2024, arXiv 2411.16585); StreamingLLM (arXiv 2309.17453).
 """
