@@ -115,12 +115,12 @@ def verify(path: Path) -> Checkpoint:
     Raises:
         LmplayError: what is wrong with it, in a few words.
     """
-    pickles = [p.name for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
-    if not (path / MANIFEST).is_file():
-        if pickles:
-            raise LmplayError(f"{pickles[0]} is a pickle, which can run code when it is read: refused")
-        raise LmplayError("it has no manifest")
     try:
+        pickles = [p.name for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
+        if not (path / MANIFEST).is_file():
+            if pickles:
+                raise LmplayError(f"{pickles[0]} is a pickle, which can run code when it is read: refused")
+            raise LmplayError("it has no manifest")
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
             file = path / name
@@ -144,6 +144,8 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
         try:
             return verify(path)
         except LmplayError as e:
+            if not path.exists():  # a trainer has taken it away, and so has written newer ones
+                return newest(folder, say)
             say(f"checkpoint {path} skipped: {e}")
     if numbered:
         raise LmplayError(f"{folder}: none of {len(numbered)} checkpoints can be used; --fresh starts anew")

@@ -27,7 +27,7 @@ BASELINE = "gpt2ish"
 GRID = 400  # points of a common grid
 COVERAGE = 0.95  # of the bands
 TRIALS = "trial-"  # how the folders of a trial's runs begin, each of whose pairs reads its data in another order
-TRIAL_FOLDER = re.compile(TRIALS + r".+-[0-9a-f]{6}(-lr[\d.e+-]+)?")
+TRIAL_FOLDER = re.compile(TRIALS + r".+-[0-9a-f]{6}(-cuda|-mps)?(-timed)?(-lr[\d.e+-]+)?")
 
 
 @dataclass(frozen=True)

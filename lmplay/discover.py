@@ -165,7 +165,9 @@ def find(name: str) -> tuple[Source, str]:
     Raises:
         LmplayError: nothing, or more than one thing, has that name; or what has it is broken.
     """
-    file, _, variant = name.partition(":")
+    file, _, variant = name.rpartition(":")
+    if not file.endswith(".py"):  # any other colon is the path's own
+        file, variant = name, ""
     if file.endswith(".py") or os.sep in file:
         path = Path(file).expanduser()
         if not path.is_file():

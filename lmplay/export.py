@@ -219,7 +219,8 @@ def backend(tokenizer: Tokenizer) -> Any:
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
     elif isinstance(tokenizer, Chars):
-        made = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(tokenizer.characters)}, EOT))
+        # What is unknown has no token, and is an error there too: the end of a text would be a silent lie.
+        made = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(tokenizer.characters)}, "<unknown>"))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
     else:

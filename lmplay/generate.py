@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise LmplayError(
                 f"--temperature {self.temperature}: it must be above 0 (without --do-sample it is not used)"
             )
@@ -33,7 +34,7 @@ class Sampling:
             raise LmplayError(f"--top-p {self.top_p}: it must be in (0, 1]")
         if self.top_k < 0:
             raise LmplayError(f"--top-k {self.top_k}: it must be 0 (off) or more")
-        if self.repetition_penalty <= 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise LmplayError(f"--repetition-penalty {self.repetition_penalty}: it must be above 0")
 
 
@@ -56,7 +57,7 @@ def choose(logits: Tensor, seen: Tensor, how: Sampling, generator: torch.Generat
         logits = torch.where(seen, penalised, logits)
     if not how.do_sample:
         return logits.argmax(-1)
-    logits = logits / how.temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / how.temperature  # never above 0, however cold
     if how.top_k:
         least = logits.topk(min(how.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))

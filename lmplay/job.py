@@ -118,7 +118,7 @@ def recorded(folder: RunFolder) -> dict[str, Any]:
 def matched(job: Job, config: Any, what: str, prepared: Prepared) -> tuple[Job, Any, Match]:
     """The job that trains the baseline at the experiment's size, its Config, and how it was found.
 
-    A run that is there already keeps the size it began with, as long as the idea's code is the same.
+    A run that is there already keeps the size it began with, as long as the code of both is the same.
 
     Raises:
         LmplayError: the experiment is the baseline.
@@ -129,7 +129,7 @@ def matched(job: Job, config: Any, what: str, prepared: Prepared) -> tuple[Job, 
     to = "-".join([job.experiment.variant, *(f"{k}={v}" for k, v in sorted(job.overrides.items()))])
     plain = baseline_job(job)
     known = {} if job.request.fresh else recorded(run_folder(plain, {f"match_{what}": to}))
-    digest = source_digest(source.path)
+    digest = "-".join(source_digest(path) for path in {source.path: 0, plain.experiment.source.path: 0})
     if "match" in known and known["match"].get("of") == digest:
         found = Match(**known["match"])
     else:

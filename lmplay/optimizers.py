@@ -236,6 +236,7 @@ class Optimizers:
         for key, value in tensors.items():
             name, _, entry = key.rpartition("|")
             states.setdefault(name, {})[entry] = value
+        sparse = {id(p) for p in self._sparse_params}
         unknown = set(states) - set(names.values())
         if unknown:
             raise LmplayError(f"the optimizer's state is of a parameter that is not there: {sorted(unknown)[0]}")
@@ -247,6 +248,12 @@ class Optimizers:
             if isinstance(part, torch.optim.SparseAdam):  # it counts in Python's int, and computes with it
                 for state in part.state.values():
                     state["step"] = int(state["step"])
+            # A parameter that was trained has a gradient from then on, zeros where a step does not reach it; a resume
+            # must not leave it out of a step that moves it by momentum or decay.
+            for p in params:
+                state = part.state.get(p)
+                if state and float(state.get("step", 1)) > 0 and id(p) not in sparse:
+                    p.grad = torch.zeros_like(p)
 
 
 def _for_muon(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -184,7 +184,8 @@ def find_mini_batch(
 def without_gradient(runner: ModelRunner, model: nn.Module, batch: Batch) -> list[str]:
     """Names of parameters that get no gradient, or nothing but zeros, from one batch."""
     model.zero_grad(set_to_none=True)
-    runner.step(model, batch).loss_sum.backward()
+    out = runner.step(model, batch)
+    (out.loss_sum if out.aux_loss is None else out.loss_sum + out.aux_loss).backward()
     idle = []
     for name, p in model.named_parameters():
         if not p.requires_grad:

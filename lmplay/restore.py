@@ -80,8 +80,10 @@ def locate(model: Path | None, out: Path, say: Callable[[str], None], option: st
     run = RunFolder(model.resolve().parent.parent)
     if not (run.path / RUN_FILE).exists():
         raise LmplayError(f"{option} {model}: this is neither a run nor a checkpoint of one")
+    if not model.resolve().name.isdigit():
+        raise LmplayError(f"{option} {model}: a checkpoint's folder has the number of its step for a name")
     try:
-        return run, verify(model)
+        return run, verify(model.resolve())
     except LmplayError as e:
         raise LmplayError(f"{option} {model}: {e}") from e
 

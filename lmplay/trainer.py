@@ -472,10 +472,11 @@ class Trainer:
         """The first Ctrl-C or SIGTERM lets the step finish and saves; a second Ctrl-C stops at once."""
 
         def ask(signum: int, frame: FrameType | None) -> None:
-            if self.stop_signal is not None:
+            if self.stop_signal is None:
+                self.stop_signal = signum
+                self.report.note("stopping after this step ...")
+            elif signum == signal.SIGINT:  # not SIGTERM: a parent may pass on the Ctrl-C that was heard here as well
                 raise KeyboardInterrupt
-            self.stop_signal = signum
-            self.report.note("stopping after this step ...")
 
         before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -59,6 +59,27 @@ class Evil:
         return os.system, ("touch ran",)
 
 
+def test_one_that_a_trainer_takes_away_while_it_is_read_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"model": {"w": torch.zeros(2)}}, {})
+    verify = checkpoint.verify
+
+    def late(path: Path) -> checkpoint.Checkpoint:
+        if path.name == "000000002":  # meanwhile two newer ones were saved
+            for step in (3, 4):
+                checkpoint.save(tmp_path, step, {"model": {"w": torch.zeros(2)}}, {})
+        return verify(path)
+
+    monkeypatch.setattr(checkpoint, "verify", late)
+    said: list[str] = []
+    found = checkpoint.newest(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 4
+    assert said == []
+
+
 def test_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "000000001"

@@ -64,6 +64,8 @@ def test_own_folder_path_variant_and_environment(tmp_path: Path, monkeypatch: py
     assert discover.find("mine")[0].path == path
     assert discover.find("mine")[0].origin == "./experiments"
     assert discover.find("experiments/mine.py") == (discover.find("experiments/mine.py:mine")[0], "mine")
+    colon = write(tmp_path / "10:30", "late.py", renamed("late"))
+    assert discover.find(str(colon)) == discover.find(f"{colon}:late"), "a folder's colon is not the variant's"
     other = write(tmp_path / "elsewhere", "theirs.py", renamed("theirs"))
     monkeypatch.setenv("LMP_EXPERIMENTS", str(tmp_path / "elsewhere"))
     assert discover.find("theirs")[0].path == other

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command, write_plan
+from conftest import Command, call_command, write_plan
 
 from lmplay.compare import read_curve
 from lmplay.runs import RunFolder
@@ -67,6 +67,21 @@ def test_corrupt_newest_checkpoint_falls_back(command: Command, trained: Path) -
     again = json.loads((trained / "run.json").read_text())["summary"]
     assert again["val_loss"] == summary["val_loss"]
     assert len(read_curve(trained / "train.csv")) == 12
+
+
+def test_a_checkpoint_is_named_by_its_step(command: Command, trained: Path) -> None:
+    newest = sorted((trained / "checkpoints").iterdir())[-1]
+    here = call_command("lmp_cleanmodel", ".", cwd=newest)
+    assert here.returncode == 0, here.stderr
+    best = newest.rename(newest.parent / "best")
+    one_line(command("lmp_generator", "x", "--model", str(best)), "the number of its step")
+
+
+def test_what_no_generator_of_numbers_takes_is_no_seed(command: Command, trained: Path) -> None:
+    for seed in ("-1", str(2**63), "one"):
+        done = command("lmp_generator", "x", "--do-sample", "--seed", seed)
+        assert done.returncode == 2
+        assert f"{seed} is no whole number" in done.stderr
 
 
 def test_a_pickle_is_refused(command: Command, trained: Path, tmp_path: Path) -> None:

@@ -188,6 +188,9 @@ def test_tokenizers_cut_alike(kind: str, tmp_path: Path) -> None:
         assert theirs.decode(ours.encode(text)) == text
     assert theirs.eos_token_id == ours.eot
     assert len(theirs) == ours.vocab_size
+    if kind == "chars":
+        with pytest.raises(Exception, match="Missing"):  # of the token for what is unknown
+            theirs("\N{SNOWMAN}")
 
 
 def test_gguf_without_merges_is_refused(command: Command, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,7 @@ def test_choose() -> None:
     torch.testing.assert_close(drawn(), expected, atol=0.03, rtol=0)
     torch.testing.assert_close(drawn(temperature=0.5), (2 * logits[0]).softmax(0), atol=0.03, rtol=0)
     assert drawn(top_k=2)[:2].sum() == 0
+    assert drawn(temperature=1e-40)[3] == 1, "as cold as a float can be"
     # probabilities .032 .087 .237 .644: .6 is reached by the first alone, .7 by the first two
     assert (drawn(top_p=0.6) > 0).tolist() == [False, False, False, True]
     assert (drawn(top_p=0.7) > 0).tolist() == [False, False, True, True]
@@ -83,7 +85,17 @@ def test_choose() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": 0}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"repetition_penalty": 0}]
+    "bad",
+    [
+        {"temperature": 0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": math.nan},
+    ],
 )
 def test_bad_sampling_is_refused(bad: dict) -> None:
     with pytest.raises(LmplayError):

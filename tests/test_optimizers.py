@@ -152,6 +152,36 @@ def test_every_optimizer_lowers_the_loss_and_its_state_travels(name: str) -> Non
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_step_does_not_reach_moves_alike_after_a_resume(name: str) -> None:
+    """A layer that is dropped now and then, an expert that nothing is sent to: momentum and decay go on."""
+    spec = Optimizer(name=name, lr=0.1, weight_decay=0.1)  # type: ignore[arg-type]
+
+    def start() -> tuple[nn.Module, Optimizers]:
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])  # the last is never reached
+        return model, Optimizers(spec, [{"params": list(model.parameters()), "role": "matrix"}], model)
+
+    def step(model: nn.Module, optimizers: Optimizers, reached: int) -> None:
+        x = torch.linspace(-1, 1, 8).view(2, 4)
+        for layer in list(model.children())[:reached]:
+            x = layer(x)
+        x.square().sum().backward()
+        optimizers.prepare(None)
+        optimizers.step()
+        optimizers.zero_grad()
+
+    model, optimizers = start()
+    step(model, optimizers, 2)
+    other, restored = start()
+    other.load_state_dict(model.state_dict())
+    restored.load_state_tensors({k: v.clone() for k, v in optimizers.state_tensors().items()})
+    for m, o in ((model, optimizers), (other, restored)):
+        step(m, o, 1)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_weight_decay_acts_on_matrices_only() -> None:
     model = Table(False)
     optimizers = Optimizers(Optimizer(name="adamw", weight_decay=0.3), groups(model), model)

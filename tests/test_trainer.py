@@ -29,6 +29,7 @@ from lmplay.devices import Precision
 from lmplay.discover import find, load
 from lmplay.errors import LmplayError, NotFiniteError
 from lmplay.plan import load_plan
+from lmplay.probe import to_batch, without_gradient
 from lmplay.report import Report
 from lmplay.runs import RunFolder
 from lmplay.trainer import Options, Trainer
@@ -265,6 +266,30 @@ def test_an_experiments_own_figures_may_not_pass_for_the_harness(tmp_path: Path)
             trainer.accumulate(arrays)
     trainer.runner.step = partial(step, name="entropy")  # type: ignore[method-assign]
     assert trainer.accumulate(arrays)["entropy"] == 1
+
+
+def test_a_loss_beside_the_loss_is_weighted_by_sequences_and_seen_by_check_grads(tmp_path: Path) -> None:
+    """An experiment's aux_loss is a mean over sequences: the gradient is the same however the batch is cut."""
+    trainer = trainer_of(tmp_path, "fp32")
+    trainer.model.eval()  # no dropout
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    trainer.model.register_parameter("scale", scale)
+    own = trainer.runner.step
+
+    def step(model: torch.nn.Module, batch: Batch) -> StepOut:
+        aux = scale * batch.ids.double().mean(1).mean().float()
+        return dataclasses.replace(own(model, batch), aux_loss=aux)
+
+    trainer.runner.step = step  # type: ignore[method-assign]
+    arrays = trainer.streams[0].batch(0, 8)
+    for size in (1, 3, 8):
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.mini_batch_size = size
+        trainer.accumulate(arrays)
+        assert scale.grad is not None
+        assert float(scale.grad) == pytest.approx(float(arrays.ids.mean()), rel=1e-5)
+    batch = to_batch(arrays, slice(None), torch.device("cpu"))
+    assert without_gradient(trainer.runner, trainer.model, batch) == []
 
 
 def test_a_validation_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

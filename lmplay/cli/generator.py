@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import LmplayError
 from . import ending
-from .trainer import positive_int
+from .trainer import positive_int, seed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=1.0, help="draw from the most likely that hold this much")
     p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: what was there is less likely (1)")
     p.add_argument("--num-samples", type=positive_int, default=1, metavar="N", help="several texts in one batch")
-    p.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    p.add_argument("--seed", type=seed, default=0, help="of what is drawn (0)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--out", type=Path, default=Path("gpt_out"), help="where the newest run is looked for (gpt_out)")
     return p
@@ -65,6 +65,10 @@ def command(args: argparse.Namespace) -> int:
     model = restored.model.to(device)
     if not restored.folded:
         model = runner.fold(model)
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise LmplayError("the prompt cannot be read as UTF-8; a file that is may hold it") from e
     ids = tokenizer.encode(prompt)
     streams = [TextStream(tokenizer) for _ in range(args.num_samples)]
     ended = [False] * args.num_samples

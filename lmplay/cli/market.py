@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import LmplayError, nearest
 from ..files import whole, write_json, write_text
 from . import ending
-from .trainer import parse_overrides, positive_float, positive_int
+from .trainer import parse_overrides, positive_float, positive_int, seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--no-cache", action="store_true", help="read everything again for every token: slow")
     s.add_argument("--no-baseline", action="store_true", help="leave the zero-intelligence markets beside it away")
     s.add_argument("--temperature", type=float, default=1.0, help="below 1 surer, above 1 wilder (1)")
-    s.add_argument("--seed", type=int, default=0)
+    s.add_argument("--seed", type=seed, default=0)
     s.add_argument("--save", type=Path, metavar="DIR", help="where the files go (RUN/market)")
 
     s = commands.add_parser("score", help="compare generated markets with a real one")
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
     s = commands.add_parser("generate", help="a market of the embedded zero-intelligence generator")
     s.add_argument("--minutes", type=positive_float, default=10.0, metavar="N")
-    s.add_argument("--seed", type=int, default=0)
+    s.add_argument("--seed", type=seed, default=0)
     s.add_argument("--save", type=Path, default=Path("generated_market"), metavar="DIR", help="(generated_market)")
     return p
 

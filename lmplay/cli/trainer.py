@@ -69,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--compile-model", action="store_true", help="torch.compile the model")
     p.add_argument("--mini-batch-size", type=positive_int, metavar="N", help="sequences in a pass (found by trying)")
     p.add_argument(
-        "--seed", type=int, help="of weights and dropout (the plan's seed); the order of the data does not depend on it"
+        "--seed",
+        type=seed,
+        help="of weights and dropout (the plan's seed); the order of the data does not depend on it",
     )
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a Config field")
     p.add_argument("--match", choices=("params", "flops"), help="train the baseline at the experiment's size instead")
@@ -109,6 +111,16 @@ def positive_int(text: str) -> int:
         value = 0
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return value
+
+
+def seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2^63 - 1")
     return value
 
 

@@ -296,6 +296,9 @@ def run_unit(unit: Unit, design: Design, jobs: dict[str, Job]) -> Result:
     job = jobs[unit.of or unit.arm]
     plan = scaled(job.plan, unit, design.tokens)
     name = f"{TRIALS}{job.plan_name}-{design.plan_fingerprint[:6]}"  # trials of one arena share their runs
+    # ... as long as their machines are of one kind, and nobody took the time of those whose seconds count.
+    name += "" if design.device == "cpu" else f"-{design.device}"
+    name += "-timed" if "seconds" in design.controls else ""
     name += "" if unit.factor == 1 else f"-lr{unit.factor:g}"
     tokens = None if unit.share == 1 else plan.steps[0].tokens
     request = replace(job.request, seed=unit.seed, tokens=tokens)
