@@ -48,11 +48,11 @@ class BpeTokenizer(Strict):
 
 
 class MarketTokenizer(Strict):
-    """Messages of a market: 24 tokens each, or 22 in LOBS5's form."""
+    """Messages of a market: 24 tokens each, 22 in LOBS5's form, or 27 with the best prices that a message meets."""
 
     kind: Literal["market"] = "market"
     tickers: list[str] = Field(min_length=1, description="in the order of their tokens")
-    form: Literal["full", "lobs5"] = "full"
+    form: Literal["full", "lobs5", "book"] = "full"
 
     @model_validator(mode="after")
     def _tickers_that_are_told(self) -> MarketTokenizer:
@@ -63,7 +63,7 @@ class MarketTokenizer(Strict):
     @property
     def width(self) -> int:
         """Tokens to a message."""
-        return 24 if self.form == "full" else 22
+        return {"full": 24, "lobs5": 22, "book": 27}[self.form]
 
 
 TokenizerSpec = Annotated[
@@ -225,7 +225,7 @@ class Plan(Strict):
     schedule: Schedule = Schedule()
     batch: BatchSpec = BatchSpec()
     validation: Validation = Validation()
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     steps: list[Step] = Field(min_length=1)
 
     @model_validator(mode="before")
@@ -292,17 +292,28 @@ class Plan(Strict):
         return step.schedule or self.schedule
 
     def with_budget(self, tokens: int | None, steps: int | None, minutes: float | None) -> Plan:
-        """The plan with these budgets in place of its own; several steps get equal shares."""
+        """The plan with these budgets in place of its own; several steps get equal shares, the first what is left over.
+
+        Raises:
+            LmplayError: there are more steps than that.
+        """
         if tokens is None and steps is None and minutes is None:
             return self
         n = len(self.steps)
-        budget = {
-            "epochs": None,
-            "tokens": tokens and max(1, tokens // n),
-            "steps": steps and max(1, steps // n),
-            "minutes": minutes and minutes / n,
-        }
-        return self.model_copy(update={"steps": [s.model_copy(update=budget) for s in self.steps]})
+        for option, budget in (("tokens", tokens), ("steps", steps)):
+            if budget is not None and budget < n:
+                raise LmplayError(f"--{option} {budget}: the plan has {n} steps, which would get none each")
+        shares = [
+            {
+                "epochs": None,
+                "tokens": tokens and tokens // n + (i < tokens % n),
+                "steps": steps and steps // n + (i < steps % n),
+                "minutes": minutes and minutes / n,
+            }
+            for i in range(n)
+        ]
+        changed = [s.model_copy(update=share) for s, share in zip(self.steps, shares, strict=True)]
+        return self.model_copy(update={"steps": changed})
 
 
 def _ancestor_dataset(spec: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,12 @@ from lmplay.tokenizers import from_state
 
 @pytest.mark.parametrize(
     ("tickers", "form", "unpadded", "padded", "width"),
-    [(503, "full", 12515, 12544, 24), (99, "full", 12111, 12160, 24), (1, "lobs5", 12011, 12032, 22)],
+    [
+        (503, "full", 12515, 12544, 24),
+        (99, "full", 12111, 12160, 24),
+        (1, "lobs5", 12011, 12032, 22),
+        (1, "book", 12013, 12032, 27),
+    ],
 )
 def test_vocabularies_have_the_published_sizes(tickers: int, form: Any, unpadded: int, padded: int, width: int) -> None:
     m = Messages([f"T{i}" for i in range(tickers)], form)
@@ -52,10 +57,17 @@ def message(draw: Callable[[Any], Any]) -> Message:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("form", ["full", "book"])
 @settings(max_examples=60, deadline=None)
-@given(st.lists(message(), min_size=1, max_size=8))
-def test_messages_come_back_from_their_tokens(rows: list[Message]) -> None:
-    m = Messages(["A", "B"])
+@given(
+    st.lists(message(), min_size=1, max_size=8), st.tuples(*[st.just(NA) | SIZE] * 2), st.just(NA) | st.integers(1, 999)
+)
+def test_messages_come_back_from_their_tokens(
+    form: Any, rows: list[Message], volumes: tuple[int, int], spread: int
+) -> None:
+    m = Messages(["A", "B"], form)
+    if form == "book":
+        rows = [r._replace(spread=spread, bid_volume=volumes[0], ask_volume=volumes[1]) for r in rows]
     ids = m.encode_messages(np.array(rows))
     back, ok = m.decode_messages(ids)
     assert ok.all()
@@ -141,7 +153,7 @@ def bitstamp_part() -> Session:
     return bitstamp.session_of(bitstamp.read().iloc[:30_000].reset_index(drop=True))
 
 
-@pytest.mark.parametrize("form", ["full", "lobs5"])
+@pytest.mark.parametrize("form", ["full", "lobs5", "book"])
 @pytest.mark.parametrize("source", ["generator", "bitstamp", "lobster"])
 def test_there_and_back_rebuilds_the_same_book_state_by_state(source: str, form: Any, tmp_path: Path) -> None:
     if source == "generator":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,15 @@ from lmplay.market import masks, score, session_run
 from lmplay.market.book import ASK, BID, Order
 from lmplay.market.data import Told
 from lmplay.market.decode import Reader
-from lmplay.market.events import ADD, CANCEL, EXECUTE, NA, REPLACE, Market, Message
+from lmplay.market.events import ADD, CANCEL, EXECUTE, NA, REPLACE, Event, Market, Message
 from lmplay.market.messages import Messages
 from lmplay.market.session_run import Extent, beginnings, context_of
 from lmplay.market.sessions import Findings, replay
-from lmplay.market.simulate import Settings, Simulator, is_loose, judge, repaired
+from lmplay.market.simulate import Before, Settings, Simulator, is_loose, judge, repaired
 from lmplay.testing import tiny
 
 M = Messages(["ZI"])
-LENGTH = 1 + 24 * 6
+WITH_BOOK = Messages(["ZI"], "book")
 
 
 class Hasty(ModelRunner):
@@ -54,19 +56,24 @@ def told() -> Told:
     return Told(generated(30), 0, 0.5)
 
 
+def length_of(m: Messages) -> int:
+    return 1 + 6 * m.width
+
+
 def simulator(
-    told: Told, settings: Settings, markets: int = 3, cached: bool = True, variant: str = "modern"
+    told: Told, settings: Settings, markets: int = 3, cached: bool = True, variant: str = "modern", m: Messages = M
 ) -> Simulator:
-    s = tiny(variant, vocab_size=M.vocab_size, max_len=LENGTH)
+    length = length_of(m)
+    s = tiny(variant, vocab_size=m.vocab_size, max_len=length)
     model = s.moved(torch.float64).eval()
-    reader = Reader(Hasty(s.runner), model, markets, LENGTH, M.width, cached)
+    reader = Reader(Hasty(s.runner), model, markets, length, m.width, cached)
     begins = beginnings(told, markets)
-    return Simulator(reader, M, told.markets(begins), [context_of(told, M, b, LENGTH) for b in begins], settings)
+    return Simulator(reader, m, told.markets(begins), [context_of(told, m, b, length) for b in begins], settings)
 
 
 def fresh_reader(told: Told, markets: int) -> Reader:
     used = simulator(told, Settings(), markets).reader
-    return Reader(used.runner, used.model, markets, LENGTH, M.width)
+    return Reader(used.runner, used.model, markets, length_of(M), M.width)
 
 
 def run(sim: Simulator, rounds: int) -> list[tuple[int, Message, Any]]:
@@ -94,14 +101,15 @@ def test_with_both_masks_every_message_fits_its_book(told: Told, variant: str) -
 
 @pytest.mark.parametrize("variant", ["modern", "market_mamba"])
 @pytest.mark.parametrize("settings", [Settings(book=False), Settings()])
-def test_what_the_model_remembers_is_what_happened(told: Told, settings: Settings, variant: str) -> None:
+@pytest.mark.parametrize("m", [M, WITH_BOOK], ids=["full", "book"])
+def test_what_the_model_remembers_is_what_happened(told: Told, m: Messages, settings: Settings, variant: str) -> None:
     """With rejections, repairs and roll-backs in it, a cached simulation samples what one samples that reads the true
     history anew for each token, as long as nothing has left the window."""
     few = 4 if variant == "modern" else 2  # before the first of the context leaves; a Mamba never forgets
-    fast, slow = (simulator(told, settings, cached=c, variant=variant) for c in (True, False))
+    fast, slow = (simulator(told, settings, cached=c, variant=variant, m=m) for c in (True, False))
     for sim in (fast, slow):  # a context of two messages leaves room for four
-        sim._first = sim._first[:, -2 * M.width :]
-        sim.reader = Reader(sim.reader.runner, sim.reader.model, 3, LENGTH, M.width, sim is fast)
+        sim._first = sim._first[:, -2 * m.width :]
+        sim.reader = Reader(sim.reader.runner, sim.reader.model, 3, length_of(m), m.width, sim is fast)
         sim._unread = sim._prefill()
     a, b = run(fast, few), run(slow, few)
     assert [(i, m, e) for i, m, e in a] == [(i, m, e) for i, m, e in b]
@@ -125,6 +133,28 @@ def test_a_repaired_message_is_remembered_as_it_happened(told: Told) -> None:
     assert sim.happened < sim.sampled
 
 
+@pytest.mark.parametrize("settings", [Settings(grammar=False, book=False), Settings(book=False), Settings()])
+def test_each_message_is_told_beside_the_best_prices_that_it_meets(
+    told: Told, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The three tokens are the harness's to give, whatever the masks, and after a message that did not happen too."""
+    sim = simulator(told, settings, markets=2, m=WITH_BOOK)
+    sampled: list[np.ndarray] = []
+    sample = sim._sample
+
+    def spy() -> np.ndarray:
+        sampled.append(sample())
+        return sampled[-1]
+
+    monkeypatch.setattr(sim, "_sample", spy)
+    for _ in range(12):
+        rows = np.zeros((2, len(Message._fields)), np.int64)
+        rows[:, -3:] = [market.touch() for market in sim.markets]
+        run(sim, 1)
+        assert (sampled[-1][:, :3] == WITH_BOOK.encode_messages(rows)[:, :3]).all()
+    assert len(sampled) == 12
+
+
 def test_without_masks_what_is_no_message_is_counted_and_rejected(told: Told) -> None:
     sim = simulator(told, Settings(grammar=False, book=False), markets=1)
     with pytest.raises(LmplayError, match="100 messages in a row were rejected"):
@@ -135,6 +165,19 @@ def test_without_masks_what_is_no_message_is_counted_and_rejected(told: Told) ->
 
 def book_of_three() -> Market:
     return Market(0, [Order(1, BID, 99, 5, 10), Order(2, BID, 99, 7, 20), Order(3, ASK, 101, 4, 30)], time=100)
+
+
+def test_the_touch_is_the_spread_and_the_leading_digits_of_the_best_volumes() -> None:
+    market = book_of_three()
+    assert market.touch() == (2, 10, 4)  # 5 + 7 at the bid
+    market.apply(Event(101, ADD, ASK, 100, 4711, 5))
+    assert market.touch() == (1, 10, 4000)
+    market.apply(Event(102, ADD, ASK, 100, 60000, 6))
+    assert market.touch() == (1, 10, 9000)
+    for order in (1, 2):
+        market.apply(Event(103, CANCEL, BID, 99, market.book.orders[order].size, order))
+    assert market.touch() == (NA, NA, 9000)
+    assert market.describe(Event(104, ADD, BID, 90, 1, 7))[-3:] == (NA, NA, 9000)
 
 
 CANCEL_OF_2 = Message(0, CANCEL, BID, -1, 7, 0, 5, 105, -1, 7, 20)
@@ -217,6 +260,63 @@ def test_a_book_mask_leaves_only_what_rests() -> None:
     assert allowed(masked(empty), 1) == [ADD]
 
 
+class LastToken:
+    """Stands in for a reader: what comes next depends on the last token alone, so nothing has to be remembered."""
+
+    def __init__(self, table: torch.Tensor):
+        self.table = table
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table[ids[:, -1]]
+
+    def mark(self) -> None:
+        return None
+
+    def roll_back(self, mark: None, rows: torch.Tensor) -> None:
+        pass
+
+
+def test_a_cancel_names_what_rests_as_often_as_the_model_would(told: Told) -> None:
+    """Price and size of masked samples against the model's own probabilities of the orders that rest: a price is not
+    more likely for having few orders."""
+    rows = 1500
+    sim = simulator(told, Settings())
+    orders = [(99, 5), (99, 7), (98, 5), (97, 3), (90, 400)]
+    market = Market(0, [Order(i, BID, p, s, i) for i, (p, s) in enumerate(orders, 1)] + [Order(9, ASK, 101, 4, 9)], 100)
+    sim.markets = [market] * rows
+    table = torch.full((M.vocab_size, M.vocab_size), -30.0)
+    minus, likely = M.token("sign", 0), {1: 3.0, 2: 1.0, 3: 2.0, 10: 0.5}  # ticks from the mid of 100
+    sizes = {1: {5: 2.0, 7: 0.5, 9: 3.0}, 2: {5: 1.0, 6: 1.5}, 3: {3: 0.0, 4: 2.5, 5: 1.0}, 10: {300: 1.0, 400: 0.0}}
+    for distance, logit in likely.items():
+        table[minus, M.token("price", distance)] = logit
+        for size, logit_of_size in sizes[distance].items():
+            table[M.token("price", distance), M.token("size", size)] = logit_of_size
+    sim.reader = LastToken(table)  # type: ignore[assignment]
+    price_at, size_at = M.first["price"], M.first["size"]
+    kind = (M.first["kind"], M.kind_token(CANCEL) - M.start["kind"])
+    book_masks = [masked(market, kind, (M.first["side"], BID)) for _ in range(rows)]
+    first = torch.zeros(rows, M.vocab_size)
+    before = Before(price_at, None, first, [copy(mask) for mask in book_masks])
+    tokens, logits = np.zeros((rows, M.width), np.int64), first
+    for position in range(price_at, size_at + 1):
+        if position == size_at:
+            logits = sim._redraw(tokens, position, logits, book_masks, before)
+        tokens[:, position] = sim._draw(logits, position, book_masks)
+        for mask, token in zip(book_masks, tokens[:, position], strict=True):
+            mask.take(position, int(token) - M.start[M.layout[position][1]])
+        logits = sim.reader.read(torch.from_numpy(tokens[:, position : position + 1]))
+    named = [
+        (100 - int(p), int(s)) for p, s in tokens[:, [price_at + 1, size_at]] - [M.start["price"], M.start["size"]]
+    ]
+    weights = {
+        (p, s): math.exp(likely[100 - p] + sizes[100 - p][s]) / sum(map(math.exp, sizes[100 - p].values()))
+        for p, s in orders
+    }
+    for order in orders:
+        assert named.count(order) / rows == pytest.approx(weights[order] / sum(weights.values()), abs=0.04), order
+    assert sim.redrawn > rows / 2
+
+
 @pytest.mark.parametrize("kind", [ADD, REPLACE])
 @pytest.mark.parametrize("side", [BID, ASK])
 @pytest.mark.parametrize(
@@ -253,7 +353,7 @@ def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path)
     def show(progress: float, line: str) -> None:
         shown.append(line)
 
-    result = session_run.simulate(told, M, reader, LENGTH, Extent(2, 10.0, 25), Settings(), tmp_path, show)
+    result = session_run.simulate(told, M, reader, length_of(M), Extent(2, 10.0, 25), Settings(), tmp_path, show)
     assert mine.exists(), "somebody's own market in the same folder"
     assert (tmp_path / "real" / "report.json").exists()
     mine.unlink()
@@ -276,12 +376,12 @@ def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path)
     assert len(score.read(tmp_path / "baseline")) == 2
     assert not list(tmp_path.rglob("*.tmp*"))
     with pytest.raises(LmplayError, match="--context 6: the model holds 5 messages"):
-        session_run.simulate(told, M, reader, LENGTH, Extent(2, 10.0, 25, context=6), Settings(), tmp_path, show)
+        session_run.simulate(told, M, reader, length_of(M), Extent(2, 10.0, 25, context=6), Settings(), tmp_path, show)
     with pytest.raises(LmplayError):  # it cannot begin: nothing goes
-        session_run.simulate(told, M, reader, LENGTH, Extent(10**6, 10.0, 25), Settings(), tmp_path, show)
+        session_run.simulate(told, M, reader, length_of(M), Extent(10**6, 10.0, 25), Settings(), tmp_path, show)
     assert len(score.read(tmp_path / "generated")) == 2
     again = session_run.simulate(
-        told, M, fresh_reader(told, 1), LENGTH, Extent(1, 10.0, 5, 2), Settings(), tmp_path, show
+        told, M, fresh_reader(told, 1), length_of(M), Extent(1, 10.0, 5, 2), Settings(), tmp_path, show
     )
     assert (again["messages"], again["context"]) == (5, 2)
     assert len(score.read(tmp_path / "generated")) == 1, "the second market of before is gone"
@@ -293,7 +393,7 @@ def test_an_interrupt_leaves_whole_files_of_what_was_simulated(told: Told, tmp_p
         raise KeyboardInterrupt
 
     reader = fresh_reader(told, 2)
-    result = session_run.simulate(told, M, reader, LENGTH, Extent(2, 10.0, 25), Settings(), tmp_path, stop)
+    result = session_run.simulate(told, M, reader, length_of(M), Extent(2, 10.0, 25), Settings(), tmp_path, stop)
     assert result["interrupted"]
     assert len(score.read(tmp_path / "real")) == 1, "to compare it with"
     assert sum(len(t.messages) for t in score.read(tmp_path / "generated")) >= result["messages"] == 2

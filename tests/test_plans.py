@@ -146,3 +146,6 @@ def test_budgets_replace_the_plans() -> None:
     halved = plan.with_budget(tokens=None, steps=10, minutes=None)
     assert [(s.steps, s.epochs) for s in halved.steps] == [(5, None), (5, None)]
     assert plan.with_budget(None, None, None) is plan
+    assert [(s.tokens, s.steps) for s in plan.with_budget(7, 3, None).steps] == [(4, 2), (3, 1)], "none is lost"
+    with pytest.raises(LmplayError, match="the plan has 2 steps"):
+        plan.with_budget(None, 1, None)

@@ -122,7 +122,7 @@ def _ids(session: Session, rows: list[Message], tokenizer: Messages) -> np.ndarr
 class Told:
     """A whole session as messages and events, of which the last part is held out.
 
-    `messages` is (n, 11), the columns of Message; `start` is the number of the first that is held out.
+    `messages` is (n, 14), the columns of Message; `start` is the number of the first that is held out.
     """
 
     def __init__(self, session: Session, number: int, fraction: float, errors: Errors = "skip"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .book import Book, BookError, Order
+from .book import ASK, BID, Book, BookError, Order
 
 ADD, EXECUTE, EXECUTE_AT, CANCEL, REPLACE = range(5)
 KINDS = ("add", "execute", "execute_at", "cancel", "replace")
@@ -41,7 +41,7 @@ class Message(NamedTuple):
     """An event without ids: prices are ticks from the mid before the event, `ref` is the order it is about.
 
     `remaining` is what is left of that order after an EXECUTE, EXECUTE_AT or CANCEL; NA where the kind has no such
-    field.
+    field. The last three are :meth:`Market.touch` before the event.
     """
 
     ticker: int
@@ -55,6 +55,9 @@ class Message(NamedTuple):
     ref_price: int
     ref_size: int
     ref_time: int
+    spread: int = NA
+    bid_volume: int = NA
+    ask_volume: int = NA
 
 
 class Market:
@@ -91,6 +94,17 @@ class Market:
             raise BookError("the book has never had both sides: there is no mid price to count from")
         return mid
 
+    def touch(self) -> tuple[int, int, int]:
+        """The best prices' distance in ticks, and the volume at the best bid and at the best ask to their leading digit
+        (4711 is 4000): as far as a message can tell, and NA where a side is empty."""
+        bid, ask = self.book.best(BID), self.book.best(ASK)
+        spread = NA if bid is None or ask is None else min(ask - bid, MAX_PRICE)
+        volumes = [
+            NA if best is None else _leading_digit(min(self.book.volume[side][best], MAX_SIZE))
+            for side, best in ((BID, bid), (ASK, ask))
+        ]
+        return spread, volumes[0], volumes[1]
+
     def describe(self, event: Event) -> Message:
         """The message of an event that is about to happen.
 
@@ -99,7 +113,20 @@ class Market:
         """
         mid, dt = self.mid, event.time - self.time
         if event.kind == ADD:
-            return Message(self.ticker, ADD, event.side, event.price - mid, event.size, NA, dt, event.time, NA, NA, NA)
+            return Message(
+                self.ticker,
+                ADD,
+                event.side,
+                event.price - mid,
+                event.size,
+                NA,
+                dt,
+                event.time,
+                NA,
+                NA,
+                NA,
+                *self.touch(),
+            )
         order = self.book.orders.get(event.order)
         if order is None:
             raise BookError(f"order {event.order} is not in the book")
@@ -110,7 +137,7 @@ class Market:
                 raise BookError(f"order {event.order} has {order.size} left, {event.size} cannot be taken")
         return Message(
             self.ticker, event.kind, order.side, event.price - mid, event.size, remaining, dt, event.time,
-            order.price - mid, order.size, order.time,
+            order.price - mid, order.size, order.time, *self.touch(),
         )  # fmt: skip
 
     def interpret(self, message: Message, order: Order | None = None) -> Event:
@@ -173,3 +200,8 @@ class Market:
                 return
             event = event._replace(size=left)
         yield event
+
+
+def _leading_digit(number: int) -> int:
+    tens = 10 ** (len(str(number)) - 1)
+    return number // tens * tens

@@ -73,7 +73,7 @@ class BookMask:
     def __init__(self, messages: Messages, market: Market):
         self.m, self.market = messages, market
         self.kind = self.side = -1
-        self.price: list[int] = []
+        self.price: tuple[int, ...] = ()
         self.size = 0
         self.left: np.ndarray | None = None  # (n, 8) numbers of sign, price, size, time of the orders still possible
 
@@ -102,6 +102,13 @@ class BookMask:
             return np.unique(self.left[:, self._column(field, inside)])
         return None
 
+    def names_an_order(self, position: int) -> bool:
+        """Whether the size at a position says, after the price, which order the message is about."""
+        field = self.m.layout[position][0]
+        return (field == "size" and self.kind in (EXECUTE, CANCEL)) or (
+            field == "ref_size" and self.kind in (EXECUTE_AT, REPLACE)
+        )
+
     def take(self, position: int, number: int) -> None:
         """The token that was sampled for a position, as its number within its group."""
         field, _, _ = self.m.layout[position]
@@ -113,7 +120,7 @@ class BookMask:
             if self.kind != ADD:
                 self.left = self._orders()
         elif field == "price":
-            self.price.append(number)
+            self.price = (*self.price, number)
         if self.left is None:
             return
         if field == "price" and self.kind in (EXECUTE, CANCEL):

@@ -1,4 +1,4 @@
-"""Messages as tokens: 24 to a message, or the 22 of LOBS5, by lookup tables.
+"""Messages as tokens: 24 to a message, the 22 of LOBS5, or 27 with the book that a message meets, by lookup tables.
 
 position  field                       tokens
 0         ticker                      1
@@ -14,6 +14,10 @@ position  field                       tokens
 19-23     time of the order, or NA    2 + 3
 
 LOBS5's form (Nagy et al. 2023, arXiv 2309.00638) leaves out the ticker and the remaining size and knows four kinds.
+
+The form "book" has three tokens before each message: the spread in ticks, and the volumes at the best bid and the best
+ask, to their leading digit. Whoever has read them knows at which distances from the mid the two sides begin, which a
+model that reads messages alone has to keep count of. (LOBS5 reads volumes of many levels in a network of their own.)
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import numpy as np
 
 from ..errors import LmplayError, nearest
 from ..tokenizers import Tokenizer
-from .events import ADD, KINDS, MAX_PRICE, MAX_SIZE, NA, REPLACE, Message
+from .events import ADD, KINDS, MAX_PRICE, MAX_SIZE, NA, REPLACE, Market, Message
 
 MASK, SINK, NA_TOKEN = 0, 1, 2
 SPECIALS = ("<mask>", "<sink>", "NA")
@@ -39,12 +43,14 @@ GROUPS = {  # field: the kinds of its tokens
     "ticker": ("ticker",), "kind": ("kind",), "side": ("side",), "price": ("sign", "price"), "size": ("size",),
     "remaining": ("size",), "dt": ("time",) * 4, "time": ("time",) * 5, "ref_price": ("sign", "price"),
     "ref_size": ("size",), "ref_time": ("time",) * 5,
+    "spread": ("price",), "bid_volume": ("size",), "ask_volume": ("size",),
 }  # fmt: skip
-MAY_BE_NA = {"remaining", "ref_price", "ref_size", "ref_time"}
+BOOK = ("spread", "bid_volume", "ask_volume")
+MAY_BE_NA = {"remaining", "ref_price", "ref_size", "ref_time", *BOOK}
 LOBS5_LEAVES_OUT = {"ticker", "remaining"}
 WORD = {"time": "t", "size": "s", "price": "p"}
 
-Form = Literal["full", "lobs5"]
+Form = Literal["full", "lobs5", "book"]
 
 
 class MessageError(ValueError):
@@ -60,7 +66,7 @@ class Messages(Tokenizer):
 
     Args:
         tickers: the names, in the order of their numbers.
-        form: "full" (24 tokens) or "lobs5" (22).
+        form: "full" (24 tokens), "lobs5" (22) or "book" (27).
 
     Ids: mask, sink, NA, then 1000 times, kinds, 10000 sizes, 1000 prices, 2 signs, 2 sides, tickers, and padding to a
     multiple of 64.
@@ -70,14 +76,15 @@ class Messages(Tokenizer):
 
     def __init__(self, tickers: Sequence[str], form: Form = "full"):
         self.tickers, self.form = tuple(tickers), form
-        self.fields = tuple(f for f in COLUMNS if form == "full" or f not in LOBS5_LEAVES_OUT)
-        kinds = KINDS if form == "full" else tuple(k for k in KINDS if k != "execute_at")
+        told = [f for f in COLUMNS if f not in BOOK and (form != "lobs5" or f not in LOBS5_LEAVES_OUT)]
+        self.fields = (*BOOK, *told) if form == "book" else tuple(told)
+        kinds = KINDS if form != "lobs5" else tuple(k for k in KINDS if k != "execute_at")
         words = {
             "time": [f"t{i}" for i in range(1000)], "kind": list(kinds),
             "size": [f"s{i}" for i in range(MAX_SIZE + 1)], "price": [f"p{i}" for i in range(MAX_PRICE + 1)],
             "sign": ["-", "+"], "side": ["bid", "ask"],
         }  # fmt: skip
-        if form == "full":
+        if form != "lobs5":
             words["ticker"] = list(self.tickers)
         every = list(SPECIALS)
         self.start: dict[str, int] = {}
@@ -102,7 +109,7 @@ class Messages(Tokenizer):
     # ---------------------------------------------------------------- messages
 
     def encode_messages(self, rows: np.ndarray) -> np.ndarray:
-        """(n, 11) int64, the columns of Message -> (n, width) int64 ids.
+        """(n, 14) int64, the columns of Message -> (n, width) int64 ids.
 
         Raises:
             MessageError: the first value that has no token.
@@ -147,7 +154,7 @@ class Messages(Tokenizer):
             raise MessageError(row, field, int(values[row]))
 
     def decode_messages(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n, width) ids -> (n, 11) columns of Message, and (n,) whether each is a message by the grammar.
+        """(n, width) ids -> (n, 14) columns of Message, and (n,) whether each is a message by the grammar.
 
         A field that the form leaves out, and every field of a row that is no message, is NA or 0.
         """
@@ -194,6 +201,13 @@ class Messages(Tokenizer):
         if "remaining" in self.fields:
             ok &= (rows[:, COLUMNS.index("remaining")] != NA) == (about & (kind != REPLACE))
         return ok
+
+    def book_tokens(self, markets: Sequence[Market]) -> np.ndarray:
+        """(n, k) the ids that stand before the next message of each market: k is 3 in the form "book", else 0."""
+        if self.form != "book":
+            return np.empty((len(markets), 0), np.int64)
+        touches = np.array([market.touch() for market in markets], np.int64)
+        return np.concatenate([self._digits(f, values) for f, values in zip(BOOK, touches.T, strict=True)], 1)
 
     def token(self, group: str, value: int) -> int:
         return self.start[group] + value

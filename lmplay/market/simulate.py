@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from .masks import LONGEST_GAP, BookMask, Grammar, time_tokens
 from .messages import SINK, Messages
 
 MOST_REJECTED = 100
+MOST_DRAWS = 16  # of a price, until the model's size is one that rests there
 PREFILL = 256  # tokens of the context that are read at a time, of each market
 VALID = "valid"
 
@@ -133,6 +136,16 @@ def repaired(market: Market, message: Message) -> Event | None:
     return market.interpret(message, order)
 
 
+@dataclass(frozen=True)
+class Before:
+    """What there was before a message's price was drawn."""
+
+    position: int
+    mark: Any
+    logits: Tensor
+    masks: list[BookMask]
+
+
 class Simulator:
     """B live markets and a model that continues all of them.
 
@@ -155,6 +168,7 @@ class Simulator:
         self.tally = Tally()
         self.refused = [0] * len(markets)
         self.sampled = self.happened = 0
+        self.redrawn = self.forced = 0  # prices; and those that still named nothing after MOST_DRAWS draws
         shortest = min(len(c) for c in context)
         if shortest < 1:
             raise LmplayError("a market cannot be continued from its first message: there is nothing to read before it")
@@ -233,10 +247,12 @@ class Simulator:
         batch, width = len(self.markets), self.m.width
         tokens = np.zeros((batch, width), np.int64)
         self.reader.make_room(self._unread.shape[1] + width)
-        position = 0
-        if self.settings.grammar and self.m.form == "full":
-            tokens[:, 0] = [self.m.token("ticker", m.ticker) for m in self.markets]
-            position = 1
+        book = self.m.book_tokens(self.markets)
+        position = book.shape[1]
+        tokens[:, :position] = book
+        if self.settings.grammar and self.m.layout[position][0] == "ticker":
+            tokens[:, position] = [self.m.token("ticker", m.ticker) for m in self.markets]
+            position += 1
         self._begun = position
         logits = self.reader.read(torch.from_numpy(np.concatenate([self._unread, tokens[:, :position]], 1)))
         if self._saved is not None and bool(self._rejected.any()):
@@ -245,12 +261,17 @@ class Simulator:
         self._mark, self._saved = self.reader.mark(), logits
         masks = [BookMask(self.m, m) for m in self.markets] if self.settings.book else None
         unread = position  # the first position that was not read yet
+        prices, sizes = ([self.m.first[f] for f in fields] for fields in (("price", "ref_price"), ("size", "ref_size")))
         while True:
             forced = [self._forced(b, position, tokens[b]) for b in range(batch)]
             if None in forced:
                 if position > unread:
                     logits = self.reader.read(torch.from_numpy(tokens[:, unread:position]))
                     unread = position
+                if masks is not None and position in prices:
+                    before = Before(position, self.reader.mark(), logits, [copy(mask) for mask in masks])
+                elif masks is not None and position in sizes:
+                    logits = self._redraw(tokens, position, logits, masks, before)
                 drawn = self._draw(logits, position, masks)
             else:
                 drawn = np.zeros(batch, np.int64)
@@ -264,6 +285,50 @@ class Simulator:
             if position == width:
                 self._unread_from = unread
                 return tokens
+
+    def _redraw(
+        self, tokens: np.ndarray, size_at: int, logits: Tensor, masks: list[BookMask], before: Before
+    ) -> Tensor:
+        """Draw prices anew, of rows whose size behind it would name an order that does not rest; returns the size's
+        logits.
+
+        A mask alone would bend what the model means: of a price at which it sees many orders come and go, only the one
+        that never moves may rest, and the mask would make every size its own. With as many draws as it takes, a price
+        and a size that stand together are as likely as the model has them: a draw stands with the probability that the
+        model gives to the sizes that rest there. (The bias of masks without this: Park et al. 2024, arXiv 2405.21047.)
+        """
+        stands = self._stand(logits, size_at, masks)
+        everything = torch.ones(len(masks), dtype=torch.bool)
+        for _ in range(MOST_DRAWS - 1):
+            anew = np.flatnonzero(~stands)
+            if not len(anew):
+                break
+            self.redrawn += len(anew)
+            self.reader.roll_back(before.mark, everything)
+            for b in anew:
+                masks[b] = copy(before.masks[b])
+            logits = before.logits
+            for position in range(before.position, size_at):
+                start, _ = self.grammar.group(position)
+                drawn = self._draw(logits, position, masks)
+                for b in anew:
+                    tokens[b, position] = drawn[b]
+                    masks[b].take(position, int(drawn[b]) - start)
+                logits = self.reader.read(torch.from_numpy(tokens[:, position : position + 1]))
+            stands |= self._stand(logits, size_at, masks)
+        self.forced += int((~stands).sum())
+        return logits
+
+    def _stand(self, logits: Tensor, position: int, masks: list[BookMask]) -> np.ndarray:
+        """(B,) whether each row's price is kept: at random, by the share of the model's sizes that rest there."""
+        start, count = self.grammar.group(position)
+        shares = (logits[:, start : start + count] / self.settings.temperature).softmax(-1)
+        drawn = torch.rand(len(masks), generator=self.generator)
+        stands = np.ones(len(masks), bool)
+        for b, mask in enumerate(masks):
+            if mask.names_an_order(position):
+                stands[b] = bool(drawn[b] < shares[b, mask.allowed(position)].sum())
+        return stands
 
     def _forced(self, b: int, position: int, tokens: np.ndarray) -> int | None:
         """The token of a position that is not sampled: the time is the last one's and what passed since."""
