@@ -4,11 +4,12 @@
     python benchmarks/train_speed.py --size small --rounds 5
 
 Every contestant trains the same shape on the same real tokens with AdamW, in a process of its own, one
-after another and again in every round, so that a slow minute of the machine meets all alike. A round is one
-optimizer step to warm up and then those that are timed. Rates are real tokens (nothing is padding) per
+after another and again in every round, so that a slow minute of the machine meets all alike. A round is two
+optimizer steps to warm up and then those that are timed. Rates are real tokens (nothing is padding) per
 second; the table gives the median over rounds, and the peak memory of the process.
 
-    lmplay       gpt2ish as lmp_trainer trains it: its memory setting, its choice of mini-batch
+    lmplay       gpt2ish as lmp_trainer trains it, with its memory setting and its search for a mini-batch, and with
+                 tied=true head_bias=false: the peers' parameters, which share one table between input and output
     nano         a nanoGPT-style loop written for this file: one pass over the batch, full logits
     nano+compile the same with torch.compile
     hf           GPT2LMHeadModel of the transformers library
@@ -46,10 +47,11 @@ class Size:
 
 
 SIZES = {
-    "arena": Size({"kind": "tiktoken", "name": "gpt2"}, 50257, 6, 768, 12, 1024, 2, 1),
+    "arena": Size({"kind": "tiktoken", "name": "gpt2"}, 50257, 6, 768, 12, 1024, 2, 3),
     # 65 is the vocabulary of nanoGPT's characters: the bytes of the text, folded into so many ids
-    "small": Size({"kind": "bytes"}, 65, 6, 384, 6, 256, 64, 1),
+    "small": Size({"kind": "bytes"}, 65, 6, 384, 6, 256, 64, 3),
 }
+WARM_UP = 2  # optimizer steps
 CONTESTANTS = {
     "arena": ("lmplay", "nano", "nano+compile", "hf", "lmplay-arena", "ue-arena"),
     "small": ("lmplay", "nano", "nano+compile", "hf"),
@@ -62,10 +64,9 @@ def main() -> int:
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--only", nargs="*", help="these contestants only")
     p.add_argument("--worker", help=argparse.SUPPRESS)
-    p.add_argument("--mini-batch", type=int, default=0, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.worker:
-        print(json.dumps(work(args.worker, SIZES[args.size], args.mini_batch)))
+        print(json.dumps(work(args.worker, SIZES[args.size])))
         return 0
     for size in SIZES if args.size == "both" else [args.size]:
         compete(size, args.rounds, args.only or CONTESTANTS[size])
@@ -74,16 +75,13 @@ def main() -> int:
 
 def compete(size: str, rounds: int, names: list[str] | tuple[str, ...]) -> None:
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    mini_batch: dict[str, int] = {}
     for round_number in range(rounds):
         for name in names:
-            chosen = str(mini_batch.get(name, 0))
-            command = [sys.executable, __file__, "--worker", name, "--size", size, "--mini-batch", chosen]
+            command = [sys.executable, __file__, "--worker", name, "--size", size]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 sys.exit(f"{name} failed:\n{done.stderr}")
             result = json.loads(done.stdout.splitlines()[-1])
-            mini_batch[name] = result["mini_batch"]
             results[name].append(result)
             print(f"{size} round {round_number + 1}: {name} {result['rate']:.1f} tokens/s", flush=True)
     s = SIZES[size]
@@ -98,9 +96,8 @@ def compete(size: str, rounds: int, names: list[str] | tuple[str, ...]) -> None:
         rates = [r["rate"] for r in rows]
         medians[name] = statistics.median(rates)
         peak = statistics.median(r["peak_mb"] for r in rows)
-        print(
-            f"{name:14} {medians[name]:9.1f} {min(rates):8.1f} {max(rates):8.1f} {peak:8.0f}  {rows[0]['mini_batch']}"
-        )
+        chosen = ", ".join(str(n) for n in sorted({r["mini_batch"] for r in rows}))
+        print(f"{name:14} {medians[name]:9.1f} {min(rates):8.1f} {max(rates):8.1f} {peak:8.0f}  {chosen}")
     ratio(results, "lmplay", "nano")
     ratio(results, "lmplay", "hf")
     ratio(results, "lmplay", "nano+compile")
@@ -115,7 +112,7 @@ def ratio(results: dict[str, list[dict[str, Any]]], a: str, b: str) -> None:
         print(f"ratio {a} / {b}: {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})")
 
 
-def work(name: str, size: Size, mini_batch: int) -> dict[str, Any]:
+def work(name: str, size: Size) -> dict[str, Any]:
     """One contestant's round, in this process."""
     ours = name.startswith(("lmplay", "ue"))
     if ours:
@@ -130,7 +127,7 @@ def work(name: str, size: Size, mini_batch: int) -> dict[str, Any]:
     precision = pick_precision(device, amp=True)
     batches, trainer = our_trainer(name, size, device, precision)
     if ours:
-        trainer.mini_batch_size = mini_batch or trainer.prepare(None, {"flops_per_token": 0.0})["mini_batch_size"]
+        trainer.prepare(None, {"flops_per_token": 0.0})
 
         def step(arrays: Arrays) -> None:
             trainer.accumulate(arrays)
@@ -141,11 +138,12 @@ def work(name: str, size: Size, mini_batch: int) -> dict[str, Any]:
     else:
         del trainer
         step = peer_step(name, size, device, precision)
-    step(batches[0])
+    for arrays in batches[:WARM_UP]:
+        step(arrays)
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    for arrays in batches[1:]:
+    for arrays in batches[WARM_UP:]:
         step(arrays)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -183,14 +181,15 @@ def our_trainer(name: str, size: Size, device: torch.device, precision: Any) -> 
     )
     prepared = prepare(plan, lambda what, done: None)
     stream = mixtures(plan, prepared, size.length)[0]
-    batches = [stream.batch(i, size.batch) for i in range(1 + size.timed_steps)]
+    batches = [stream.batch(i, size.batch) for i in range(WARM_UP + size.timed_steps)]
     folded = [Arrays(a.ids % size.vocab, (a.targets % size.vocab)) for a in batches]
     assert all((a.targets != IGNORE).all() for a in batches)
     if not name.startswith(("lmplay", "ue")):
         return folded, None
     experiment = load(*find("ue" if name.startswith("ue") else "gpt2ish"))
     sizes = {"num_blocks": size.blocks, "embed_dim": size.dim, "num_heads": size.heads, "max_len": size.length}
-    config, _ = experiment.config({**sizes, "vocab_size": size.vocab, "dropout": 0.0}, {})
+    shared = {"tied": True, "head_bias": False} if name == "lmplay" else {}
+    config, _ = experiment.config({**sizes, **shared, "vocab_size": size.vocab, "dropout": 0.0}, {})
     report = Report()
     report.note = lambda text: None  # type: ignore[method-assign]
     run = RunFolder(Path("unused"))

@@ -32,6 +32,15 @@ def tune_memory() -> str:
     return "kept and in large pages" if done else "default"
 
 
+def release_memory() -> None:
+    """Give the free memory that :func:`tune_memory` makes the C library keep back to the system, once.
+
+    For after work whose tensors are of other sizes than what follows: they would leave holes that it cannot use.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @dataclass(frozen=True)
 class Precision:
     """How the forward pass computes. `name` is fp32, bf16 or fp16; `scale` asks for a gradient scaler."""

@@ -102,6 +102,8 @@ def _flops(work: Callable[[], object]) -> float:
     cpu_attention = {
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        torch.ops.lmplay.block_attention: forward,
+        torch.ops.lmplay.block_attention_backward: backward,
     }
     with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
         work()
@@ -129,7 +131,7 @@ def find_mini_batch(
     """The number of sequences in a forward pass that trains fastest.
 
     Divisors of the batch size are tried from 1 upwards until two in a row are slower than the best, memory
-    runs out, or the time is up. On a CPU a pass is kept to 16384 tokens: there, running out of memory
+    runs out, or the time is up. On a CPU a pass is kept to 4096 tokens: there, running out of memory
     cannot be caught, and what leaves the cache is slower anyway. The best of a row of single trials is
     often only the luckiest, so those of more than half its rate are tried again in turns, each judged by its
     fastest. Of those within 5 % the smallest is taken: a larger one costs memory.
@@ -143,7 +145,7 @@ def find_mini_batch(
     """
     sizes = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
     if device.type == "cpu":
-        sizes = [n for n in sizes if n == 1 or n * length <= 16384]
+        sizes = [n for n in sizes if n == 1 or n * length <= 4096]
     rates: dict[int, float] = {}
     began = clock()
 

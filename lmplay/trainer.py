@@ -21,7 +21,7 @@ from . import checkpoint, generate, initial, probe
 from .api import ModelRunner
 from .data.packing import IGNORE, Arrays, ValidationSet, mixtures
 from .data.shards import Prepared
-from .devices import Precision, peak_memory_mb
+from .devices import Precision, peak_memory_mb, release_memory
 from .errors import LmplayError, NotFiniteError
 from .optimizers import Optimizers, factor
 from .plan import Plan, Step
@@ -393,6 +393,7 @@ class Trainer:
             self.report.note(f"mini-batch size {self.mini_batch_size} of {self.batch_size} is the fastest here")
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the larger sizes that were tried are not the run's
+        release_memory()
         if "flops_per_token" in known:
             self.flops_per_token = float(known["flops_per_token"])
         else:  # at the mini-batch's size: what is shared by a mini-batch, as UE's distinct tokens, counts so
