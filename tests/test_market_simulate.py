@@ -17,7 +17,7 @@ from test_market_data import generated, market_plan
 
 from lmplay.api import ModelRunner
 from lmplay.errors import LmplayError
-from lmplay.market import masks, score, session_run
+from lmplay.market import masks, score, session_run, simulate
 from lmplay.market.book import ASK, BID, Order
 from lmplay.market.data import Told
 from lmplay.market.decode import Reader
@@ -276,9 +276,13 @@ class LastToken:
         pass
 
 
-def test_a_cancel_names_what_rests_as_often_as_the_model_would(told: Told) -> None:
+@pytest.mark.parametrize("draws", [16, 5])
+def test_a_cancel_names_what_rests_as_often_as_the_model_would(
+    told: Told, draws: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Price and size of masked samples against the model's own probabilities of the orders that rest: a price is not
-    more likely for having few orders."""
+    more likely for having few orders. Also where few draws are made, and one of those that did not stand is taken."""
+    monkeypatch.setattr(simulate, "MOST_DRAWS", draws)
     rows = 1500
     sim = simulator(told, Settings())
     orders = [(99, 5), (99, 7), (98, 5), (97, 3), (90, 400)]
@@ -315,6 +319,7 @@ def test_a_cancel_names_what_rests_as_often_as_the_model_would(told: Told) -> No
     for order in orders:
         assert named.count(order) / rows == pytest.approx(weights[order] / sum(weights.values()), abs=0.04), order
     assert sim.redrawn > rows / 2
+    assert sim.undecided > rows / 50 or draws == 16
 
 
 @pytest.mark.parametrize("kind", [ADD, REPLACE])

@@ -165,7 +165,7 @@ def simulate(args: argparse.Namespace) -> int:
 
     from ..market import session_run
     from ..market.decode import Reader
-    from ..market.simulate import Settings
+    from ..market.simulate import MOST_DRAWS, Settings
     from ..report import Report, make_console
 
     settings = Settings(not args.no_grammar, not args.no_book, not args.no_repair, args.temperature, args.seed)
@@ -200,6 +200,11 @@ def simulate(args: argparse.Namespace) -> int:
         f"{result['tokens_per_second']:.0f} tokens/s, {result['share_outside_the_model']:.1%} of the time outside of "
         f"the model; {result['messages_per_market_second']:.1f} messages per second of the market"
     )
+    if result["prices_redrawn"]:
+        print(
+            f"{result['prices_redrawn']} prices were drawn anew, as no order of the model's size rested there; for "
+            f"{result['prices_undecided']} messages none of {MOST_DRAWS} draws stood, and the likeliest were taken"
+        )
     if not args.no_baseline and not result["interrupted"]:
         report.note("simulating the zero-intelligence markets ...")
         session_run.write_baseline(told, extent, folder / "baseline", args.seed)

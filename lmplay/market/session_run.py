@@ -128,7 +128,7 @@ def simulate(
     return {
         "interrupted": interrupted, "markets": extent.markets, "settings": asdict(settings),
         "cache": reader.cached, "messages": happened, "sampled": simulator.sampled,
-        "prices_redrawn": simulator.redrawn, "sizes_forced": simulator.forced,
+        "prices_redrawn": simulator.redrawn, "prices_undecided": simulator.undecided,
         "seconds": seconds, "messages_per_second": happened / seconds,
         "tokens_per_second": messages.width * happened / seconds,
         "seconds_in_the_model": reader.seconds - read_before,

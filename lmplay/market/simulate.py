@@ -8,7 +8,7 @@ rolled back to the message's beginning: it remembers what happened, and nothing 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,7 +168,7 @@ class Simulator:
         self.tally = Tally()
         self.refused = [0] * len(markets)
         self.sampled = self.happened = 0
-        self.redrawn = self.forced = 0  # prices; and those that still named nothing after MOST_DRAWS draws
+        self.redrawn = self.undecided = 0  # prices; and those of which none stood in MOST_DRAWS draws
         shortest = min(len(c) for c in context)
         if shortest < 1:
             raise LmplayError("a market cannot be continued from its first message: there is nothing to read before it")
@@ -296,39 +296,55 @@ class Simulator:
         that never moves may rest, and the mask would make every size its own. With as many draws as it takes, a price
         and a size that stand together are as likely as the model has them: a draw stands with the probability that the
         model gives to the sizes that rest there. (The bias of masks without this: Park et al. 2024, arXiv 2405.21047.)
+        Where none of MOST_DRAWS stood, one of them is taken by its share (importance resampling: Rubin 1988).
         """
-        stands = self._stand(logits, size_at, masks)
-        everything = torch.ones(len(masks), dtype=torch.bool)
-        for _ in range(MOST_DRAWS - 1):
-            anew = np.flatnonzero(~stands)
-            if not len(anew):
-                break
-            self.redrawn += len(anew)
-            self.reader.roll_back(before.mark, everything)
-            for b in anew:
+        prices = slice(before.position, size_at)
+
+        def read_again(rows: np.ndarray, choose: Callable[[int, Tensor], np.ndarray]) -> Tensor:
+            """Prices of `rows` by `choose` (position, logits); every row's are read again."""
+            self.reader.roll_back(before.mark, torch.ones(len(masks), dtype=torch.bool))
+            for b in rows:
                 masks[b] = copy(before.masks[b])
             logits = before.logits
-            for position in range(before.position, size_at):
+            for position in range(prices.start, prices.stop):
                 start, _ = self.grammar.group(position)
-                drawn = self._draw(logits, position, masks)
-                for b in anew:
-                    tokens[b, position] = drawn[b]
-                    masks[b].take(position, int(drawn[b]) - start)
+                chosen = choose(position, logits)
+                for b in rows:
+                    tokens[b, position] = chosen[b]
+                    masks[b].take(position, int(chosen[b]) - start)
                 logits = self.reader.read(torch.from_numpy(tokens[:, position : position + 1]))
-            stands |= self._stand(logits, size_at, masks)
-        self.forced += int((~stands).sum())
+            return logits
+
+        stands, share = self._stand(logits, size_at, masks)
+        draws = [(tokens[:, prices].copy(), share)]
+        while len(draws) < MOST_DRAWS and not stands.all():
+            anew = np.flatnonzero(~stands)
+            self.redrawn += len(anew)
+            logits = read_again(anew, lambda position, seen: self._draw(seen, position, masks))
+            stood, share = self._stand(logits, size_at, masks)
+            stands |= stood
+            draws.append((tokens[:, prices].copy(), share))
+        left = np.flatnonzero(~stands)
+        if len(left):
+            self.undecided += len(left)
+            shares = torch.stack([share for _, share in draws], 1)  # (B, draws)
+            pick = torch.multinomial(shares.clamp(min=1e-30), 1, generator=self.generator).squeeze(1).tolist()
+            chosen = np.stack([draws[i][0][b] for b, i in enumerate(pick)])
+            logits = read_again(left, lambda position, _: chosen[:, position - prices.start])
         return logits
 
-    def _stand(self, logits: Tensor, position: int, masks: list[BookMask]) -> np.ndarray:
-        """(B,) whether each row's price is kept: at random, by the share of the model's sizes that rest there."""
+    def _stand(self, logits: Tensor, position: int, masks: list[BookMask]) -> tuple[np.ndarray, Tensor]:
+        """(B,) the share of the model's sizes that rest at each row's price, and whether the row is kept by that share
+        at random."""
         start, count = self.grammar.group(position)
         shares = (logits[:, start : start + count] / self.settings.temperature).softmax(-1)
         drawn = torch.rand(len(masks), generator=self.generator)
-        stands = np.ones(len(masks), bool)
+        rests = torch.ones(len(masks))
         for b, mask in enumerate(masks):
             if mask.names_an_order(position):
-                stands[b] = bool(drawn[b] < shares[b, mask.allowed(position)].sum())
-        return stands
+                rests[b] = shares[b, mask.allowed(position)].sum()
+        named = np.array([mask.names_an_order(position) for mask in masks])
+        return (drawn < rests).numpy() | ~named, rests
 
     def _forced(self, b: int, position: int, tokens: np.ndarray) -> int | None:
         """The token of a position that is not sampled: the time is the last one's and what passed since."""
