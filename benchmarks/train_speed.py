@@ -9,7 +9,7 @@ optimizer steps to warm up and then those that are timed. Rates are real tokens 
 second; the table gives the median over rounds, and the peak memory of the process.
 
     lmplay       gpt2ish as lmp_trainer trains it, with its memory setting and its search for a mini-batch, and with
-                 tied=true head_bias=false: the peers' parameters, which share one table between input and output
+                 tied=true head_bias=false: one table between input and output, as the peers have
     nano         a nanoGPT-style loop written for this file: one pass over the batch, full logits
     nano+compile the same with torch.compile
     hf           GPT2LMHeadModel of the transformers library

@@ -14,9 +14,10 @@ source leaves the start and the form of the product open).
 The products q·P are one matrix product over all distances; moving each row so that distances become key
 positions is a padding and a view, no gather. The scores (B, H, T, T) are held, which the fused attention of
 the baseline avoids: that is the cost in memory and time.
-Under bf16 autocast they are rounded to bf16 as well, where the fused attention sums in float32: a comparison there is
-of both. Differs from gpt2ish in the lines marked CHANGED. Costs H max_len h = D max_len parameters a block and a third
-product of the size of q·k. Nothing folds: P serves inference too.
+Under bf16 autocast they are rounded to bf16 as well, where an accelerator's fused attention sums in float32: a
+comparison there is of both (on a CPU the baseline's are rounded, too). Differs from gpt2ish in the lines marked
+CHANGED. Costs H max_len h = D max_len parameters a block and a third product of the size of q·k. Nothing folds: P
+serves inference too.
 
 The claim (to be tested): better than learned absolute positions alone, the last two blocks nearly as good.
 Result so far (2026-11-23, docs/results.md): on the plan laptop .013 and .012 nats per token better than gpt2ish, seeds

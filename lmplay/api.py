@@ -83,10 +83,12 @@ SHORTEST_IN_BLOCKS = 64
 """Positions from which :func:`block_attention` is the faster one; below, its calls cost more than they compute."""
 
 
-def _in_bfloat16_on_a_cpu(x: Tensor) -> bool:
-    if x.device.type != "cpu":
+def _in_bfloat16_on_a_cpu(*tensors: Tensor) -> bool:
+    if tensors[0].device.type != "cpu":
         return False
-    return (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype) == torch.bfloat16
+    if torch.is_autocast_enabled("cpu"):  # which leaves float64 as it is
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16 and all(x.dtype != torch.float64 for x in tensors)
+    return all(x.dtype == torch.bfloat16 for x in tensors)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     t, total = q.shape[2], k.shape[2]
     if t == total:
-        if t >= SHORTEST_IN_BLOCKS and _in_bfloat16_on_a_cpu(q):
+        if t >= SHORTEST_IN_BLOCKS and _in_bfloat16_on_a_cpu(q, k, v):
             return block_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if t == 1:
@@ -142,6 +144,10 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 CHUNK_BYTES = 64 * 2**20
 """Room for one chunk of float32 logits. Large enough that a product with the head runs at full speed."""
 
+VOCAB_SLICE = 4096
+"""Rows of the head's gradient that a CPU makes at a time under autocast: a product that is still in the cache is added
+half again as fast."""
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Head and cross entropy in chunks of rows, gradients computed in the forward pass.
@@ -168,7 +174,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = torch.zeros((), dtype=accumulate, device=x.device)
             correct = torch.zeros((), dtype=torch.int64, device=x.device)
             rows = min(chunk, n)
-            slice_of_vocab = 4096 if device == "cpu" else vocab
+            slice_of_vocab = VOCAB_SLICE if device == "cpu" else vocab
             all_counted = bool((targets != IGNORE).all())  # asked once: on a GPU it waits
             buffer = torch.empty(rows, vocab, dtype=dtype, device=x.device)
             log_probs = torch.empty(rows, vocab, dtype=accumulate, device=x.device)
@@ -199,7 +205,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_w is not None:
                     if grad_w.dtype == dtype:
                         torch.addmm(grad_w, delta.t(), xs, out=grad_w)  # addmm_ would not be counted as FLOPs
-                    else:  # in slices: a product that is still in the cache is added half again as fast
+                    else:
                         for first in range(0, vocab, slice_of_vocab):
                             some = slice(first, first + slice_of_vocab)
                             grad_w[some] += delta[:, some].t() @ xs

@@ -1,9 +1,9 @@
 """Causal attention for bfloat16 on a CPU: blocks of queries, at the speed of the matrix products.
 
-torch's own flash attention reaches about a sixth of a CPU's bfloat16 rate (benchmarks/attention_speed.py). Here the
-scores of 128 queries at a time go through batched products, which run at full rate, and the blocks above the
-diagonal are left out. Nothing of the size (T, T) is kept: backward makes the scores again. What it costs is that
-scores and their gradients are rounded to bfloat16, as every other product under autocast is.
+torch's own flash attention takes about twice as long (benchmarks/attention_speed.py). Here the scores of 128 queries
+at a time go through batched products, which run at full rate, and the blocks above the diagonal are left out. Nothing
+of the size (T, T) is kept: backward makes the scores again. What it costs is that scores and their gradients are
+rounded to bfloat16, as every other product under autocast is; sums over blocks are float32.
 
 Both passes are operators of their own, so that a compiled model calls them and FLOPs are counted alike on all devices.
 """
@@ -25,12 +25,12 @@ def _probabilities(q: Tensor, k: Tensor, start: int) -> Tensor:
     return scores.softmax(-1)
 
 
-@torch.library.custom_op("lmplay::block_attention", mutates_args=())
+@torch.library.custom_op("lmplay::block_attention", mutates_args=(), device_types="cpu")
 def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ/√h) v, each position seeing its past: q, k, v (B, H, T, h) -> (B, H, T, h), on the CPU."""
     b, heads, t, h = q.shape
     scaled, k, v = (x.reshape(-1, t, h) for x in (q * h**-0.5, k, v))
-    out = torch.empty_like(scaled)
+    out = scaled.new_empty(scaled.shape)  # contiguous, whatever a view of the heads is
     for start in range(0, t, BLOCK):
         end = min(start + BLOCK, t)
         p = _probabilities(scaled[:, start:end], k, start)
@@ -38,12 +38,14 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.view(b, heads, t, h)
 
 
-@torch.library.custom_op("lmplay::block_attention_backward", mutates_args=())
+@torch.library.custom_op("lmplay::block_attention_backward", mutates_args=(), device_types="cpu")
 def block_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, all (B, H, T, h), from that of :func:`block_attention`'s result."""
     b, heads, t, h = q.shape
     scaled, grad, k, v = (x.reshape(-1, t, h) for x in (q * h**-0.5, grad, k, v))
-    grad_q, grad_k, grad_v = (torch.empty_like(scaled) for _ in range(3))
+    wide = torch.promote_types(q.dtype, torch.float32) if t > BLOCK else q.dtype
+    grad_q = scaled.new_empty(scaled.shape)
+    grad_k, grad_v = (scaled.new_empty(scaled.shape, dtype=wide) for _ in range(2))
     for start in reversed(range(0, t, BLOCK)):  # the last block sees all positions: it fills, the others add
         end = min(start + BLOCK, t)
         p, g = _probabilities(scaled[:, start:end], k, start), grad[:, start:end]
@@ -57,17 +59,18 @@ def block_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> t
         else:
             grad_k[:, :end] += of_k
             grad_v[:, :end] += of_v
+    grad_k, grad_v = grad_k.to(q.dtype), grad_v.to(q.dtype)
     return grad_q.view(b, heads, t, h), grad_k.view(b, heads, t, h), grad_v.view(b, heads, t, h)
 
 
 @block_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return q.new_empty(q.shape)
 
 
 @block_attention_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype)
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
 block_attention.register_autograd(

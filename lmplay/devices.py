@@ -23,7 +23,7 @@ def tune_memory() -> str:
     memory is written at 10 and more; a training step without this makes gigabytes of them. Call it before
     torch is imported, which reads its setting then. Returns what was done, for the run's record.
     """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+    if not _glibc():
         return "default"
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = ctypes.CDLL(None).mallopt
@@ -32,12 +32,16 @@ def tune_memory() -> str:
     return "kept and in large pages" if done else "default"
 
 
+def _glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+
+
 def release_memory() -> None:
     """Give the free memory that :func:`tune_memory` makes the C library keep back to the system, once.
 
     For after work whose tensors are of other sizes than what follows: they would leave holes that it cannot use.
     """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+    if _glibc():
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -390,10 +390,10 @@ class Trainer:
                     trial, self.model, self.device, len(arrays.ids), self.length
                 )
             self.model.zero_grad(set_to_none=True)
+            release_memory()
             self.report.note(f"mini-batch size {self.mini_batch_size} of {self.batch_size} is the fastest here")
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the larger sizes that were tried are not the run's
-        release_memory()
         if "flops_per_token" in known:
             self.flops_per_token = float(known["flops_per_token"])
         else:  # at the mini-batch's size: what is shared by a mini-batch, as UE's distinct tokens, counts so

@@ -13,9 +13,9 @@ from lmplay.attention import BLOCK, block_attention
 from lmplay.probe import _flops
 
 
-def heads(t: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v and an upstream gradient (2, 3, t, 8), laid out as a model's heads are."""
-    return [torch.randn(2, t, 3, 8, dtype=dtype).transpose(1, 2) for _ in range(4)]
+def heads(t: int, dtype: torch.dtype, batch: int = 2) -> list[Tensor]:
+    """q, k, v and an upstream gradient (batch, 3, t, 8), laid out as a model's heads are."""
+    return [torch.randn(batch, t, 3, 8, dtype=dtype).transpose(1, 2) for _ in range(4)]
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -30,9 +30,10 @@ def with_gradients(attend: object, tensors: list[Tensor], dtype: torch.dtype) ->
     return [x.double() for x in (out.detach(), q.grad, k.grad, v.grad)]
 
 
+@pytest.mark.parametrize("batch", [1, 2])  # the heads of one sequence are laid out otherwise
 @pytest.mark.parametrize("t", [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 44])
-def test_equals_the_naive_form_with_gradients(t: int) -> None:
-    tensors = heads(t, torch.float64)
+def test_equals_the_naive_form_with_gradients(t: int, batch: int) -> None:
+    tensors = heads(t, torch.float64, batch)
     for a, b in zip(
         with_gradients(block_attention, tensors, torch.float64),
         with_gradients(naive, tensors, torch.float64),
@@ -41,7 +42,7 @@ def test_equals_the_naive_form_with_gradients(t: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("t", [SHORTEST_IN_BLOCKS, 300])
+@pytest.mark.parametrize("t", [SHORTEST_IN_BLOCKS, 300, 1500])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # rotary positions, say, leave float32
 def test_autocast_takes_it_and_rounds_little_more_than_torch(t: int, dtype: torch.dtype) -> None:
     tensors = [x.to(torch.bfloat16) for x in heads(t, torch.float64)]
@@ -64,9 +65,20 @@ def test_float32_and_short_texts_are_torchs() -> None:
         assert "block_attention" not in type(causal_attention(q.requires_grad_(), k, v).grad_fn).__name__
 
 
-def test_is_an_operator_that_torch_can_compile() -> None:
-    q, k, v, _ = heads(BLOCK + 3, torch.bfloat16)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_is_an_operator_that_torch_can_compile(batch: int) -> None:
+    q, k, v, _ = heads(BLOCK + 3, torch.bfloat16, batch)
     torch.library.opcheck(block_attention, (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()))
+
+
+def test_runs_compiled_under_autocast() -> None:
+    tensors = heads(BLOCK + 3, torch.float32, batch=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager = with_gradients(causal_attention, tensors, torch.float32)
+        compiled = with_gradients(torch.compile(causal_attention), tensors, torch.float32)
+    torch.compiler.reset()
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 
 
 def test_counts_as_many_operations_as_torchs() -> None:

@@ -102,9 +102,12 @@ def test_with_both_masks_every_message_fits_its_book(told: Told, variant: str) -
 @pytest.mark.parametrize("variant", ["modern", "market_mamba"])
 @pytest.mark.parametrize("settings", [Settings(book=False), Settings()])
 @pytest.mark.parametrize("m", [M, WITH_BOOK], ids=["full", "book"])
-def test_what_the_model_remembers_is_what_happened(told: Told, m: Messages, settings: Settings, variant: str) -> None:
+def test_what_the_model_remembers_is_what_happened(
+    told: Told, m: Messages, settings: Settings, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With rejections, repairs and roll-backs in it, a cached simulation samples what one samples that reads the true
     history anew for each token, as long as nothing has left the window."""
+    monkeypatch.setattr(simulate, "MOST_DRAWS", 2)  # so that draws that do not stand are taken as well
     few = 4 if variant == "modern" else 2  # before the first of the context leaves; a Mamba never forgets
     fast, slow = (simulator(told, settings, cached=c, variant=variant, m=m) for c in (True, False))
     for sim in (fast, slow):  # a context of two messages leaves room for four
@@ -114,6 +117,8 @@ def test_what_the_model_remembers_is_what_happened(told: Told, m: Messages, sett
     a, b = run(fast, few), run(slow, few)
     assert [(i, m, e) for i, m, e in a] == [(i, m, e) for i, m, e in b]
     assert fast.tally.verdicts == slow.tally.verdicts
+    assert fast.undecided == slow.undecided
+    assert (fast.undecided > 0) == settings.book
     if not settings.book:
         assert sum(fast.tally.repaired.values()) > 0 or variant == "market_mamba"
         assert sum(n for (_, v), n in fast.tally.verdicts.items() if v != "valid") > 0
@@ -319,7 +324,7 @@ def test_a_cancel_names_what_rests_as_often_as_the_model_would(
     for order in orders:
         assert named.count(order) / rows == pytest.approx(weights[order] / sum(weights.values()), abs=0.04), order
     assert sim.redrawn > rows / 2
-    assert sim.undecided > rows / 50 or draws == 16
+    assert (sim.undecided > rows / 20) == (draws == 5)
 
 
 @pytest.mark.parametrize("kind", [ADD, REPLACE])

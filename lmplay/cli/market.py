@@ -203,7 +203,7 @@ def simulate(args: argparse.Namespace) -> int:
     if result["prices_redrawn"]:
         print(
             f"{result['prices_redrawn']} prices were drawn anew, as no order of the model's size rested there; for "
-            f"{result['prices_undecided']} messages none of {MOST_DRAWS} draws stood, and the likeliest were taken"
+            f"{result['prices_undecided']} messages none of {MOST_DRAWS} draws stood, and one was taken by its odds"
         )
     if not args.no_baseline and not result["interrupted"]:
         report.note("simulating the zero-intelligence markets ...")

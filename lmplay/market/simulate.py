@@ -296,7 +296,8 @@ class Simulator:
         that never moves may rest, and the mask would make every size its own. With as many draws as it takes, a price
         and a size that stand together are as likely as the model has them: a draw stands with the probability that the
         model gives to the sizes that rest there. (The bias of masks without this: Park et al. 2024, arXiv 2405.21047.)
-        Where none of MOST_DRAWS stood, one of them is taken by its share (importance resampling: Rubin 1988).
+        Where none of MOST_DRAWS stood, one of them is taken at random (importance resampling: Rubin 1988), by the odds
+        of its share: draws that were refused are less often of prices that mostly stand.
         """
         prices = slice(before.position, size_at)
 
@@ -327,15 +328,16 @@ class Simulator:
         left = np.flatnonzero(~stands)
         if len(left):
             self.undecided += len(left)
-            shares = torch.stack([share for _, share in draws], 1)  # (B, draws)
-            pick = torch.multinomial(shares.clamp(min=1e-30), 1, generator=self.generator).squeeze(1).tolist()
-            chosen = np.stack([draws[i][0][b] for b, i in enumerate(pick)])
-            logits = read_again(left, lambda position, _: chosen[:, position - prices.start])
+            shares = torch.stack([share[left] for _, share in draws], 1)  # (rows left, draws), all below 1
+            odds = (shares / (1 - shares)).clamp(min=1e-30)
+            for b, pick in zip(left, torch.multinomial(odds, 1, generator=self.generator).squeeze(1), strict=True):
+                tokens[b, prices] = draws[pick][0][b]
+            logits = read_again(left, lambda position, _: tokens[:, position])
         return logits
 
     def _stand(self, logits: Tensor, position: int, masks: list[BookMask]) -> tuple[np.ndarray, Tensor]:
-        """(B,) the share of the model's sizes that rest at each row's price, and whether the row is kept by that share
-        at random."""
+        """(B,) whether each row's price is kept, at random by the share of the model's sizes that rest there; and that
+        share, 1 where no order is named."""
         start, count = self.grammar.group(position)
         shares = (logits[:, start : start + count] / self.settings.temperature).softmax(-1)
         drawn = torch.rand(len(masks), generator=self.generator)
@@ -343,8 +345,7 @@ class Simulator:
         for b, mask in enumerate(masks):
             if mask.names_an_order(position):
                 rests[b] = shares[b, mask.allowed(position)].sum()
-        named = np.array([mask.names_an_order(position) for mask in masks])
-        return (drawn < rests).numpy() | ~named, rests
+        return (drawn < rests).numpy(), rests
 
     def _forced(self, b: int, position: int, tokens: np.ndarray) -> int | None:
         """The token of a position that is not sampled: the time is the last one's and what passed since."""
