@@ -87,16 +87,18 @@ def _heat(ax: Any, tape: Tape, span: float) -> Any:
 
 
 def paths(markets: Markets, path: Path) -> Path:
-    """Mid prices over time, every session, from their beginning."""
+    """Mid prices over time, every session, from their beginning, as long as there are some of each kind."""
     figure, ax = plt.subplots(figsize=(11, 4), layout="constrained")
+    span = min(max(_seconds(tape)[-1] for tape in tapes) for tapes in markets.values())
     for name, tapes in markets.items():
         for i, tape in enumerate(tapes):
-            kept = np.isfinite(tape.mid)
+            seconds = _seconds(tape)
+            kept = np.isfinite(tape.mid) & (seconds <= span)
             if not kept.any():
                 continue
             moves = tape.mid[kept] - tape.mid[kept][0]
             label = f"{name} ({len(tapes)})" if i == 0 else None
-            ax.step(_seconds(tape)[kept], moves, where="post", color=COLOURS[name], lw=1.2, alpha=0.75, label=label)
+            ax.step(seconds[kept], moves, where="post", color=COLOURS[name], lw=1.2, alpha=0.75, label=label)
     ax.set_xlabel("seconds")
     ax.set_ylabel("mid price (ticks from its beginning)")
     ax.legend(fontsize=9)
