@@ -17,6 +17,7 @@ from .lr_range import Range
 from .palette import COLOURS, GREY, LABELS
 
 DASHES = ("-", "--", "-.", ":")
+MOST_BANDS = 6  # in a figure: the bands of more, each as wide as two seeds make it, hide one another and the curves
 THEMES = {
     "light": {"ground": "#ffffff", "text": "#222222", "grid": "#e3e3e3"},
     "dark": {"ground": "#16181d", "text": "#e6e6e6", "grid": "#33363d"},
@@ -54,8 +55,9 @@ def draw(
 ) -> bool:
     """Write one figure: the metric of every run, or with `partner` its difference to its partner.
 
-    Seeds of one setting are faint lines behind their mean with Student's 95 % interval; one seed has no interval. In a
-    difference the grey band is what luck alone does: :func:`lmplay.compare.null_band`.
+    Seeds of one setting are faint lines behind their mean with Student's 95 % interval; one seed has no interval, and
+    of more than MOST_BANDS settings none is drawn, as the title says. In a difference the grey band is what luck alone
+    does: :func:`lmplay.compare.null_band`.
 
     Returns whether there was anything to draw; a metric that no run has writes nothing.
 
@@ -89,7 +91,7 @@ def draw(
             ax.fill_between(null.x, -null.half, null.half, color=GREY, alpha=0.25, lw=0, label=label, zorder=0.5)
             for edge in (-null.half, null.half):
                 ax.plot(null.x, edge, color=GREY, lw=1, ls=":")
-        ends = []
+        ends, bands = [], sum(found is not None for _, found in groups.values())
         for name, (seeds, found) in groups.items():
             colour, dash = looks[name]
             for _, x, y, faint in seeds:
@@ -106,7 +108,8 @@ def draw(
             if found is not None:
                 of = f"{found.seeds} seeds" if found.seeds == len(seeds) else f"{found.seeds} of {len(seeds)} seeds"
                 x, y, label = found.x, found.mean, f"{name} ({of})"
-                ax.fill_between(x, y - found.half, y + found.half, color=colour, alpha=0.1, lw=0)
+                if bands <= MOST_BANDS:
+                    ax.fill_between(x, y - found.half, y + found.half, color=colour, alpha=0.1, lw=0)
             ax.plot(x, y, color=colour, ls=dash, lw=1.8, label=label, marker="o" if len(x) == 1 else None)
             ends.append((name, colour, float(x[-1]), float(y[-1])))
         shortest = min(x[-1] for _, x, _, _ in lines)
@@ -131,8 +134,10 @@ def draw(
         window = (
             f"each point is the mean of the last {style.average_count}" if style.average_count > 1 else "not smoothed"
         )
-        bands = ", bands of 95 % (Student's t)" if any(found for _, found in groups.values()) else ""
-        ax.set_title(f"{curves[0].plan}: {style.kind}, {window}{bands}", loc="left", fontsize=11)
+        what = ", bands of 95 % (Student's t)" if bands else ""
+        if bands > MOST_BANDS:
+            what = f", without bands: more than {MOST_BANDS} settings"
+        ax.set_title(f"{curves[0].plan}: {style.kind}, {window}{what}", loc="left", fontsize=11)
         fig.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)  # inside it would cover curves
         _save(fig, path)
     return True

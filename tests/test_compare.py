@@ -203,6 +203,19 @@ def test_every_curve_has_a_look_of_its_own(tmp_path: Path) -> None:
     assert plots.looks_of(curves, curves[3])[curves[3].family] == (plots.GREY, "-")
 
 
+@pytest.mark.parametrize(("settings", "bands"), [(6, 6), (7, 0)])
+def test_many_bands_would_hide_the_curves_and_are_left_out(tmp_path: Path, settings: int, bands: int) -> None:
+    for i in range(settings):
+        for seed in (0, 1):
+            fake_run(tmp_path, f"v{i}", "p", 0.1 * i + 0.01 * seed, seed)
+    curves, _ = compare.collect([tmp_path], "validate", 20)
+    assert plots.draw(tmp_path / "loss.svg", curves, "loss", plots.Style(), None, None)
+    svg = (tmp_path / "loss.svg").read_text()  # it names each artist and, in comments, each text
+    assert svg.count('id="FillBetweenPolyCollection') == bands
+    assert ("bands of 95 %" in svg) == (bands > 0)
+    assert ("without bands: more than 6 settings" in svg) == (bands == 0)
+
+
 def test_bands_are_students_and_one_seed_has_none() -> None:
     random = np.random.default_rng(0)
     x = np.arange(1.0, 6)
