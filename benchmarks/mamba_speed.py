@@ -3,10 +3,11 @@
     python benchmarks/mamba_speed.py                      # 512 and 2048 positions, three rounds, then decoding
     python benchmarks/mamba_speed.py --lengths 512 --rounds 5 --no-decoding
 
-12 blocks of 768, vocabulary 50257, tied; one sequence an optimizer step (--sequences N), AdamW (fused, for all), bf16
-autocast where the hardware has it. Every contestant trains in a process of its own, one after another and again in each
-round, so that a slow minute of the machine meets all alike: some steps to warm up, then those that are timed. Peak
-memory is the process's; "step MB" is what it holds above the libraries, weights, gradients and AdamW's moments.
+12 blocks of 768, vocabulary 50257, tied; 2,048 tokens an optimizer step (or --sequences N of them), AdamW (fused, for
+all), bf16 autocast where the hardware has it. Every contestant trains in a process of its own, one after another and
+again in each round, so that a slow minute of the machine meets all alike: some steps to warm up, then those that are
+timed. Peak memory is the process's; "step MB" is what it holds above the libraries, weights, gradients and AdamW's
+moments.
 
     mamba, mamba2              this project's, by their chunked scans
     mamba-kernel, mamba2-kernel  the same with the kernel that is installed (CUDA only)
@@ -34,20 +35,26 @@ if TYPE_CHECKING:
 
 BLOCKS, DIM, VOCAB, STATE, HEADS = 12, 768, 50257, {"mamba": 16, "mamba2": 128}, 12
 DECODED, WINDOWS = 4000, 8
+STEP_TOKENS = 2048
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--lengths", type=int, nargs="*", default=[512, 2048])
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--sequences", type=int, default=1, help="sequences in an optimizer step")
+    p.add_argument(
+        "--sequences",
+        type=int,
+        default=0,
+        help=f"sequences in an optimizer step (0: as many as make {STEP_TOKENS} tokens)",
+    )
     p.add_argument("--warm-up", type=int, default=3, help="steps before those that are timed")
     p.add_argument("--steps", type=int, default=2, help="steps that are timed")
     p.add_argument("--slow", action="store_true", help="the loop over time of transformers' Mamba, too")
     p.add_argument("--no-decoding", action="store_true")
     p.add_argument("--only", nargs="*", help="these contestants only")
     p.add_argument("--worker", help=argparse.SUPPRESS)
-    p.add_argument("--length", type=int, default=512, help=argparse.SUPPRESS)
+    p.add_argument("--length", type=int, default=STEP_TOKENS, help=argparse.SUPPRESS)
     p.add_argument("--decode", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.worker:
@@ -55,9 +62,10 @@ def main() -> int:
         print(json.dumps(work(args.worker, args)))
         return 0
     for length in args.lengths:
-        compete(args, length, args.only or contestants())
+        sequences = args.sequences or max(1, STEP_TOKENS // length)
+        compete(args, length, sequences, args.only or contestants())
     if args.slow:
-        compete(args, 128, ["hf-mamba", "mamba"])
+        compete(args, 128, args.sequences or 1, ["hf-mamba", "mamba"])
     for name in () if args.no_decoding else ("mamba", "mamba2"):
         rates = run(args, name, "--decode")["rates"]
         step = DECODED // WINDOWS
@@ -85,23 +93,23 @@ def contestants() -> list[str]:
 def run(args: argparse.Namespace, name: str, *more: str) -> dict[str, Any]:
     """One contestant in a process of its own."""
     command = [sys.executable, __file__, "--worker", name, *more]
-    command += ["--sequences", str(args.sequences), "--warm-up", str(args.warm_up), "--steps", str(args.steps)]
+    command += ["--warm-up", str(args.warm_up), "--steps", str(args.steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{name} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def compete(args: argparse.Namespace, length: int, names: list[str]) -> None:
+def compete(args: argparse.Namespace, length: int, sequences: int, names: list[str]) -> None:
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(args.rounds):
         for name in names:
-            results[name].append(run(args, name, "--length", str(length)))
+            results[name].append(run(args, name, "--length", str(length), "--sequences", str(sequences)))
             print(
                 f"{length} positions, round {number + 1}: {name} {results[name][-1]['rate']:.1f} tokens/s", flush=True
             )
     precision = results[names[0]][0]["precision"]
-    print(f"\n{args.sequences} x {length} positions a step, {BLOCKS} x {DIM}, vocabulary {VOCAB}, {precision}")
+    print(f"\n{sequences} x {length} positions a step, {BLOCKS} x {DIM}, vocabulary {VOCAB}, {precision}")
     print(f"{'contestant':16} {'tokens/s':>9} {'min':>8} {'max':>8} {'peak MB':>8} {'step MB':>8}  parameters")
     for name, rows in results.items():
         rates = [r["rate"] for r in rows]
