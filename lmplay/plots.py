@@ -72,46 +72,19 @@ def draw(
     lines = _lines(curves, metric, style, partner)
     if not lines:
         return False
-    theme = THEMES[style.theme]
-    settings: Any = {
-        "axes.facecolor": theme["ground"], "figure.facecolor": theme["ground"],
-        "savefig.facecolor": theme["ground"],
-        "text.color": theme["text"], "axes.labelcolor": theme["text"], "axes.edgecolor": theme["grid"],
-        "xtick.color": theme["text"], "ytick.color": theme["text"], "grid.color": theme["grid"],
-        "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
-    }  # fmt: skip
-    with plt.rc_context(settings):
+    with plt.rc_context(_settings(THEMES[style.theme])):
         groups = _groups(curves, lines)
+        bands = sum(found is not None for _, found in groups.values())
         legend_rows = -(-(len(groups) + 1) // 2)
         fig, ax = plt.subplots(figsize=(10, 5.6 + 0.22 * legend_rows), dpi=120, layout="constrained")
-        looks = looks_of(curves, baseline)
         null = _null(curves, metric, style, baseline) if diff else None
         if null is not None:
             label = f"luck: two runs of {_family_of(curves, baseline)} with other seeds ({null.seeds} seeds)"
             ax.fill_between(null.x, -null.half, null.half, color=GREY, alpha=0.25, lw=0, label=label, zorder=0.5)
             for edge in (-null.half, null.half):
                 ax.plot(null.x, edge, color=GREY, lw=1, ls=":")
-        ends, bands = [], sum(found is not None for _, found in groups.values())
-        for name, (seeds, found) in groups.items():
-            colour, dash = looks[name]
-            for _, x, y, faint in seeds:
-                if faint is not None:
-                    ax.plot(x, faint, color=colour, alpha=0.25, lw=0.8)
-                if found is not None:
-                    ax.plot(x, y, color=colour, alpha=0.45, lw=0.7)
-            for _, x, y, _ in seeds if found is None and len(seeds) > 1 else ():
-                ax.plot(x, y, color=colour, ls=dash, lw=1)
-            curve, x, y, _ = max(seeds, key=lambda line: line[1][-1])
-            label = f"{curve.name} (single seed: no claim)"
-            if len(seeds) > 1:
-                label = f"{name} (1 of {len(seeds)} seeds came far enough: no claim)"
-            if found is not None:
-                of = f"{found.seeds} seeds" if found.seeds == len(seeds) else f"{found.seeds} of {len(seeds)} seeds"
-                x, y, label = found.x, found.mean, f"{name} ({of})"
-                if bands <= MOST_BANDS:
-                    ax.fill_between(x, y - found.half, y + found.half, color=colour, alpha=0.1, lw=0)
-            ax.plot(x, y, color=colour, ls=dash, lw=1.8, label=label, marker="o" if len(x) == 1 else None)
-            ends.append((name, colour, float(x[-1]), float(y[-1])))
+        looks = looks_of(curves, baseline)
+        ends = [_draw_family(ax, name, *groups[name], *looks[name], bands <= MOST_BANDS) for name in groups]
         shortest = min(x[-1] for _, x, _, _ in lines)
         first = min((x[x > 0][0] for _, x, _, _ in lines if (x > 0).any()), default=1.0)
         ax.set_xscale("log")
@@ -120,27 +93,59 @@ def draw(
         _fit_y(ax, lines, left, diff, log=metric == "loss" and not diff)
         if metric == "accuracy":
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        if diff and baseline is not None:
+        ax.set_ylabel(LABELS[metric])
+        if partner is not None and baseline is not None:
             ax.axhline(0, color=GREY, lw=1.5)
             better = "lower" if metric != "accuracy" else "higher"
-            paired = {c.path for c in (partner or {}).values()} != {baseline.path}
+            paired = {c.path for c in partner.values()} != {baseline.path}
             to = f"{baseline.variant} of the same seed" if paired else baseline.name
             ax.set_ylabel(f"{LABELS[metric]}, difference to {to}\n({better} is better)")
-        else:
-            ax.set_ylabel(LABELS[metric])
         ax.set_xlabel(LABELS[style.x])
         ax.grid(True, which="major", lw=0.6)
         _label_ends(ax, ends)
-        window = (
-            f"each point is the mean of the last {style.average_count}" if style.average_count > 1 else "not smoothed"
-        )
-        what = ", bands of 95 % (Student's t)" if bands else ""
-        if bands > MOST_BANDS:
-            what = f", without bands: more than {MOST_BANDS} settings"
-        ax.set_title(f"{curves[0].plan}: {style.kind}, {window}{what}", loc="left", fontsize=11)
+        window = f"each point is the mean of the last {style.average_count}"
+        what = [f"{curves[0].plan}: {style.kind}", window if style.average_count > 1 else "not smoothed"]
+        if bands:
+            many = f"without bands: more than {MOST_BANDS} settings"
+            what.append(many if bands > MOST_BANDS else "bands of 95 % (Student's t)")
+        ax.set_title(", ".join(what), loc="left", fontsize=11)
         fig.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)  # inside it would cover curves
         _save(fig, path)
     return True
+
+
+def _settings(theme: dict[str, str]) -> dict[Any, Any]:
+    return {
+        "axes.facecolor": theme["ground"], "figure.facecolor": theme["ground"],
+        "savefig.facecolor": theme["ground"],
+        "text.color": theme["text"], "axes.labelcolor": theme["text"], "axes.edgecolor": theme["grid"],
+        "xtick.color": theme["text"], "ytick.color": theme["text"], "grid.color": theme["grid"],
+        "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
+    }  # fmt: skip
+
+
+def _draw_family(
+    ax: Any, name: str, seeds: Sequence[Line], found: Band | None, colour: str, dash: str, banded: bool
+) -> End:
+    """The seeds of one setting, their mean and, if `banded`, its band; without a band, the one that came farthest."""
+    for _, x, y, faint in seeds:
+        if faint is not None:
+            ax.plot(x, faint, color=colour, alpha=0.25, lw=0.8)
+        if found is not None:
+            ax.plot(x, y, color=colour, alpha=0.45, lw=0.7)
+        elif len(seeds) > 1:
+            ax.plot(x, y, color=colour, ls=dash, lw=1)
+    curve, x, y, _ = max(seeds, key=lambda line: line[1][-1])
+    label = f"{curve.name} (single seed: no claim)"
+    if len(seeds) > 1:
+        label = f"{name} (1 of {len(seeds)} seeds came far enough: no claim)"
+    if found is not None:
+        of = f"{found.seeds} seeds" if found.seeds == len(seeds) else f"{found.seeds} of {len(seeds)} seeds"
+        x, y, label = found.x, found.mean, f"{name} ({of})"
+        if banded:
+            ax.fill_between(x, y - found.half, y + found.half, color=colour, alpha=0.1, lw=0)
+    ax.plot(x, y, color=colour, ls=dash, lw=1.8, label=label, marker="o" if len(x) == 1 else None)
+    return name, colour, float(x[-1]), float(y[-1])
 
 
 def _save(fig: Any, path: Path) -> None:
@@ -185,6 +190,7 @@ def draw_range(path: Path, found: Range, title: str) -> None:
 
 Line = tuple[Curve, np.ndarray, np.ndarray, np.ndarray | None]
 Group = tuple[list[Line], Band | None]
+End = tuple[str, str, float, float]  # name, colour, x and y of a curve's last point
 
 
 def _groups(curves: Sequence[Curve], lines: Sequence[Line]) -> dict[str, Group]:
@@ -255,8 +261,8 @@ def _fit_y(ax: Any, lines: Sequence[Line], left: float, diff: bool, log: bool) -
         ax.set_ylim(low - room, high + room)
 
 
-def _label_ends(ax: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
-    """Name and last value (name, colour, x, y) beside the end of each curve, kept apart where they would overlap."""
+def _label_ends(ax: Any, ends: Sequence[End]) -> None:
+    """Name and last value beside the end of each curve, kept apart where they would overlap."""
     height = ax.get_window_extent().height or 1.0
     placed = sorted((float(ax.transData.transform((x, y))[1]), name, colour, x, y) for name, colour, x, y in ends)
     below = -np.inf
