@@ -14,7 +14,7 @@ from . import checkpoint, probe
 from .api import ModelRunner
 from .checkpoint import Checkpoint, verify
 from .discover import Experiment
-from .errors import LmplayError
+from .errors import LmplayError, nearest
 from .runs import RUN_FILE, RunFolder, find_runs
 from .tokenizers import Tokenizer
 
@@ -70,7 +70,8 @@ def locate(model: Path | None, out: Path, say: Callable[[str], None], option: st
         kind = "it is a pickle, which can run code when it is read: refused; " if is_pickle(model) else ""
         raise LmplayError(f"{option} {model}: {kind}a run's folder or a checkpoint's folder is wanted")
     if not model.is_dir():
-        raise LmplayError(f"{option} {model}: there is no such folder")
+        beside = nearest(model.name, (path.parent.name for path in model.parent.glob(f"*/{RUN_FILE}")))
+        raise LmplayError(f"{option} {model}: there is no such folder{beside}")
     if (model / RUN_FILE).exists():
         run = RunFolder(model)
         found = run.newest(say)

@@ -16,7 +16,7 @@ from lmplay import export, restore, testing
 from lmplay.cli import cleanmodel
 from lmplay.errors import LmplayError
 from lmplay.report import Report
-from lmplay.runs import RunFolder
+from lmplay.runs import RUN_FILE, RunFolder
 from lmplay.tokenizers import Bytes, Chars, Tiktoken, train_bpe
 
 TEXTS = [
@@ -226,7 +226,13 @@ def test_other_data_is_told(folder: Path) -> None:
 
 
 def test_a_run_that_is_none(command: Command, tmp_path: Path) -> None:
-    for name, why in (("nowhere", "there is no such folder"), (".", "neither a run nor a checkpoint")):
+    (tmp_path / "plan" / "ue-s0").mkdir(parents=True)
+    (tmp_path / "plan" / "ue-s0" / RUN_FILE).write_text("{}")
+    for name, why in (
+        ("nowhere", "there is no such folder\n"),
+        ("plan/ue-s1", "plan/ue-s1: there is no such folder (did you mean ue-s0?)"),
+        (".", "neither a run nor a checkpoint"),
+    ):
         done = command("lmp_cleanmodel", name)
         assert done.returncode == 1
         assert why in done.stderr
