@@ -345,7 +345,12 @@ def _read(folder: Path, both: dict[str, Any] | None = None, model_only: dict[str
     with _quiet(transformers):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **both, **(model_only or {})).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **both)
-    return (lambda ids: model(ids, attention_mask=torch.ones_like(ids)).logits), tokenizer
+
+    def logits(ids: Tensor) -> Tensor:
+        with _quiet(transformers):  # a Mamba says here that it has no kernel
+            return model(ids, attention_mask=torch.ones_like(ids)).logits
+
+    return logits, tokenizer
 
 
 @contextmanager

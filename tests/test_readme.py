@@ -82,6 +82,7 @@ def test_commands_run_as_printed_in_their_order(tmp_path: Path) -> None:
                 assert NOT_HERE[line] in done.stderr
                 continue
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            assert "[transformers]" not in done.stderr, "advice of a library's, which the user did not call"
             if line.startswith("cp "):
                 change_as_told(tmp_path / "experiments" / "my_idea.py")
     assert (tmp_path / "plots" / "log_diff_loss.png").exists()
