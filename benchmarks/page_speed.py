@@ -1,9 +1,11 @@
-"""How fast the page opens: a hundred runs of ten thousand steps, written, gathered and opened in headless Chromium.
+"""How fast the page opens: a hundred runs of ten thousand steps, written, gathered and opened in
+headless Chromium.
 
     python benchmarks/page_speed.py [--runs 100] [--points 10000] [--rounds 5]
 
-Times are from the start of the navigation, by the browser's own clock, until table, verdicts and controls can be read,
-and until the figure is drawn; medians of the rounds, each in a browser of its own. It needs playwright and a Chromium.
+Times are from the start of the navigation, by the browser's own clock, until table, verdicts and
+controls can be read, and until the figure is drawn; medians of the rounds, each in a browser of its
+own. It needs playwright and a Chromium.
 """
 
 from __future__ import annotations
@@ -19,10 +21,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lmplay.page.gather import gather
-from lmplay.page.write import write
+from lmplay.analysis.page.gather import gather
+from lmplay.analysis.page.write import write
 
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 
 
 def make_runs(root: Path, runs: int, points: int) -> None:
@@ -30,22 +37,39 @@ def make_runs(root: Path, runs: int, points: int) -> None:
     random = np.random.default_rng(0)
     tokens = np.arange(1, points + 1) * 2048
     for i in range(runs):
-        idea, seed = ("gpt2ish" if i < 5 else f"idea{i // 5}"), i % 5
+        idea = "gpt2ish" if i < 5 else f"idea{i // 5}"
+        seed = i % 5
         folder = root / "plan" / f"{idea}-s{seed}"
         folder.mkdir(parents=True)
         loss = 8 * (tokens / 2048) ** -0.1 + random.normal(0, 0.05, points)
         frame = pd.DataFrame(
-            {"step": tokens // 2048, "tokens": tokens, "flops": tokens * 1e6, "seconds": tokens / 5e3, "loss": loss,
-             "bpb": loss / 2, "accuracy": 0.5 - loss / 20}
-        )  # fmt: skip
+            {
+                "step": tokens // 2048,
+                "tokens": tokens,
+                "flops": tokens * 1e6,
+                "seconds": tokens / 5e3,
+                "loss": loss,
+                "bpb": loss / 2,
+                "accuracy": 0.5 - loss / 20,
+            }
+        )
         frame.to_csv(folder / "train.csv", index=False)
         frame[::100].to_csv(folder / "validate.csv", index=False)
-        identity = {"plan": "p", "variant": idea, "seed": seed, "config": {"width": i}, "experiment": idea}
-        (folder / "run.json").write_text(json.dumps({"identity": identity, "plan_name": "plan", "summary": {}}))
+        identity = {
+            "plan": "p",
+            "variant": idea,
+            "seed": seed,
+            "config": {"width": i},
+            "experiment": idea,
+        }
+        (folder / "run.json").write_text(
+            json.dumps({"identity": identity, "plan_name": "plan", "summary": {}})
+        )
 
 
 def opened(path: Path) -> tuple[float, float, float]:
-    """Seconds until the table and verdicts and until the figure, and for switching it to the training curves."""
+    """Seconds until the table and verdicts and until the figure, and for switching it to the
+    training curves."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -59,7 +83,8 @@ def opened(path: Path) -> tuple[float, float, float]:
         figure = tab.evaluate("performance.getEntriesByName('figure')[0].startTime")
         paint = tab.evaluate("performance.getEntriesByName('read')[0].startTime")
         switched = tab.evaluate(
-            "() => { const t = performance.now(), s = document.getElementById('kind'); s.value = 'train';"
+            "() => { const t = performance.now(), s = document.getElementById('kind'); s.value = "
+            "'train';"
             "s.dispatchEvent(new Event('change')); return performance.now() - t; }"
         )
         browser.close()
@@ -87,7 +112,9 @@ def main() -> None:
             zip(*rounds, strict=True),
             strict=True,
         ):
-            print(f"{what}: {statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f})")
+            print(
+                f"{what}: {statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f})"
+            )
 
 
 if __name__ == "__main__":

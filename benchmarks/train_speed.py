@@ -3,13 +3,14 @@
     python benchmarks/train_speed.py                  # both sizes, three rounds
     python benchmarks/train_speed.py --size small --rounds 5
 
-Every contestant trains the same shape on the same real tokens with AdamW, in a process of its own, one
-after another and again in every round, so that a slow minute of the machine meets all alike. A round is two
-optimizer steps to warm up and then those that are timed. Rates are real tokens (nothing is padding) per
-second; the table gives the median over rounds, and the peak memory of the process.
+Every contestant trains the same shape on the same real tokens with AdamW, in a process of its own,
+one after another and again in every round, so that a slow minute of the machine meets all alike. A
+round is two optimizer steps to warm up and then those that are timed. Rates are real tokens
+(nothing is padding) per second; the table gives the median over rounds, and the peak memory of the
+process.
 
-    lmplay       gpt2ish as lmp_trainer trains it, with its memory setting and its search for a mini-batch, and with
-                 tied=true head_bias=false: one table between input and output, as the peers have
+    lmplay       gpt2ish as lmp_trainer trains it, with its memory setting and its search for a
+                 mini-batch, and with tied=true head_bias=false, as the peers have
     nano         a nanoGPT-style loop written for this file: one pass over the batch, full logits
     nano+compile the same with torch.compile
     hf           GPT2LMHeadModel of the transformers library
@@ -83,7 +84,9 @@ def compete(size: str, rounds: int, names: list[str] | tuple[str, ...]) -> None:
                 sys.exit(f"{name} failed:\n{done.stderr}")
             result = json.loads(done.stdout.splitlines()[-1])
             results[name].append(result)
-            print(f"{size} round {round_number + 1}: {name} {result['rate']:.1f} tokens/s", flush=True)
+            print(
+                f"{size} round {round_number + 1}: {name} {result['rate']:.1f} tokens/s", flush=True
+            )
     s = SIZES[size]
     precision = results[names[0]][0]["precision"]
     print(
@@ -97,7 +100,10 @@ def compete(size: str, rounds: int, names: list[str] | tuple[str, ...]) -> None:
         medians[name] = statistics.median(rates)
         peak = statistics.median(r["peak_mb"] for r in rows)
         chosen = ", ".join(str(n) for n in sorted({r["mini_batch"] for r in rows}))
-        print(f"{name:14} {medians[name]:9.1f} {min(rates):8.1f} {max(rates):8.1f} {peak:8.0f}  {chosen}")
+        print(
+            f"{name:14} {medians[name]:9.1f} {min(rates):8.1f} {max(rates):8.1f} {peak:8.0f}  "
+            f"{chosen}"
+        )
     ratio(results, "lmplay", "nano")
     ratio(results, "lmplay", "hf")
     ratio(results, "lmplay", "nano+compile")
@@ -109,7 +115,10 @@ def ratio(results: dict[str, list[dict[str, Any]]], a: str, b: str) -> None:
     """The median of the ratios within rounds, which the machine's slow minutes do not touch."""
     if a in results and b in results:
         ratios = [x["rate"] / y["rate"] for x, y in zip(results[a], results[b], strict=True)]
-        print(f"ratio {a} / {b}: {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})")
+        print(
+            f"ratio {a} / {b}: {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max "
+            f"{max(ratios):.3f})"
+        )
 
 
 def work(name: str, size: Size) -> dict[str, Any]:
@@ -131,7 +140,7 @@ def work(name: str, size: Size) -> dict[str, Any]:
 
         def step(arrays: Arrays) -> None:
             trainer.accumulate(arrays)
-            trainer.optimizers.prepare(trainer.plan.batch.grad_clip, trainer.loss_scale)
+            trainer.optimizers.unscale_and_clip(trainer.plan.batch.grad_clip, trainer.loss_scale)
             trainer.optimizers.step()
             trainer.optimizers.zero_grad()
 
@@ -156,23 +165,31 @@ def work(name: str, size: Size) -> dict[str, Any]:
     }
 
 
-def our_trainer(name: str, size: Size, device: torch.device, precision: Any) -> tuple[list[Arrays], Any]:
-    """The batches that all contestants read, and for ours the Trainer that lmp_trainer would use."""
+def our_trainer(
+    name: str, size: Size, device: torch.device, precision: Any
+) -> tuple[list[Arrays], Any]:
+    """The batches that all contestants read, and for ours the Trainer that lmp_trainer would
+    use."""
     from pathlib import Path
 
     from lmplay.data.packing import IGNORE, Arrays, mixtures
-    from lmplay.data.shards import prepare
+    from lmplay.data.prepare import prepare
     from lmplay.discover import find, load
     from lmplay.plan import parse_plan
-    from lmplay.report import Report
-    from lmplay.runs import RunFolder
-    from lmplay.trainer import Options, Trainer
+    from lmplay.training.loop import Options, Trainer
+    from lmplay.training.progress import Reporter
+    from lmplay.training.run_folder import RunFolder
 
-    optimizer = {"name": "adagrad", "lr": 6e-4} if name.endswith("arena") else {"name": "adamw", "lr": 6e-4}
+    optimizer = (
+        {"name": "adagrad", "lr": 6e-4} if name.endswith("arena") else {"name": "adamw", "lr": 6e-4}
+    )
     plan = parse_plan(
         {
             "tokenizer": size.tokenizer,
-            "datasets": {"en": {"source": "bundled"}, "es": {"source": "bundled", "language": "es"}},
+            "datasets": {
+                "en": {"source": "bundled"},
+                "es": {"source": "bundled", "language": "es"},
+            },
             "optimizer": optimizer,
             "batch": {"batch_size": size.batch, "grad_clip": 1.0},
             "steps": [{"datasets": ["en", "es"]}],
@@ -187,13 +204,20 @@ def our_trainer(name: str, size: Size, device: torch.device, precision: Any) -> 
     if not name.startswith(("lmplay", "ue")):
         return folded, None
     experiment = load(*find("ue" if name.startswith("ue") else "gpt2ish"))
-    sizes = {"num_blocks": size.blocks, "embed_dim": size.dim, "num_heads": size.heads, "max_len": size.length}
+    sizes = {
+        "num_blocks": size.blocks,
+        "embed_dim": size.dim,
+        "num_heads": size.heads,
+        "max_len": size.length,
+    }
     shared = {"tied": True, "head_bias": False} if name == "lmplay" else {}
     config, _ = experiment.config({**sizes, **shared, "vocab_size": size.vocab, "dropout": 0.0}, {})
-    report = Report()
+    report = Reporter()
     report.note = lambda text: None  # type: ignore[method-assign]
     run = RunFolder(Path("unused"))
-    trainer = Trainer(plan, prepared, experiment.runner(config), 0, device, precision, run, report, Options())
+    trainer = Trainer(
+        plan, prepared, experiment.runner(config), 0, device, precision, run, report, Options()
+    )
     trainer.model.train()
     stream_batch = trainer.streams[0].batch
     trainer.streams[0].batch = lambda *a: fold(stream_batch(*a), size.vocab)  # type: ignore[method-assign]
@@ -207,16 +231,18 @@ def fold(arrays: Any, vocab: int) -> Any:
 
 
 def peer_step(name: str, size: Size, device: torch.device, precision: Any) -> Any:
-    """One optimizer step of a peer: the whole batch in one pass, full logits, AdamW as torch makes it."""
+    """One optimizer step of a peer: the whole batch in one pass, full logits, AdamW as torch makes
+    it."""
     import torch
     import torch.nn.functional as F
 
-    from lmplay import probe
+    from lmplay import model as probe
 
     torch.manual_seed(0)
     model: Any = hf_model(size) if name == "hf" else nano_model(size)
     model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=device.type == "cuda")  # nanoGPT's rule
+    # nanoGPT's rule
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=device.type == "cuda")
     forward = torch.compile(model) if name == "nano+compile" else model
 
     def step(arrays: Arrays) -> None:
@@ -238,14 +264,22 @@ def hf_model(size: Size) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=size.vocab, n_positions=size.length, n_embd=size.dim, n_layer=size.blocks, n_head=size.heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-    )  # fmt: skip
+        vocab_size=size.vocab,
+        n_positions=size.length,
+        n_embd=size.dim,
+        n_layer=size.blocks,
+        n_head=size.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+    )
     return GPT2LMHeadModel(config)
 
 
 def nano_model(size: Size) -> nn.Module:
-    """A GPT in the manner of nanoGPT: fused qkv, no biases, tied head, flash attention where torch has it."""
+    """A GPT in the manner of nanoGPT: fused qkv, no biases, tied head, flash attention where torch
+    has it."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -254,14 +288,18 @@ def nano_model(size: Size) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             d = size.dim
-            self.ln1, self.ln2 = nn.LayerNorm(d, bias=False), nn.LayerNorm(d, bias=False)
-            self.qkv, self.proj = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
-            self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+            self.ln1 = nn.LayerNorm(d, bias=False)
+            self.ln2 = nn.LayerNorm(d, bias=False)
+            self.qkv = nn.Linear(d, 3 * d, bias=False)
+            self.proj = nn.Linear(d, d, bias=False)
+            self.up = nn.Linear(d, 4 * d, bias=False)
+            self.down = nn.Linear(4 * d, d, bias=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             b, t, d = x.shape
             q, k, v = (
-                y.view(b, t, size.heads, d // size.heads).transpose(1, 2) for y in self.qkv(self.ln1(x)).split(d, dim=2)
+                y.view(b, t, size.heads, d // size.heads).transpose(1, 2)
+                for y in self.qkv(self.ln1(x)).split(d, dim=2)
             )
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.proj(y.transpose(1, 2).contiguous().view(b, t, d))

@@ -1,28 +1,29 @@
-"""Attention position: a trained vector for each distance back, read by the query, joins the attention score.
+"""Attention position: a trained vector for each distance back, read by the query, joins the
+attention score.
 
-The idea: where a key stands relative to the query matters as much as what it holds, and each head may want
-its own view of near and far. A table P (H x max_len x h) holds a vector for each head and distance back
-(distance 0 is the position itself).
+The idea: where a key stands relative to the query matters as much as what it holds, and each head
+may want its own view of near and far. A table P (H x max_len x h) holds a vector for each head and
+distance back (distance 0 is the position itself).
 
     add:       score(i, j) = (q_i·k_j + q_i·P_h[i-j]) / √h
     multiply:  score(i, j) = q_i·k_j (1 + q_i·P_h[i-j]) / √h
 
-`op` chooses between them, `last` names the blocks that have it (0: all of them, else the last so many). The
-learned position embedding stays. P starts at 0, so that training starts from the baseline's function (the
-source leaves the start and the form of the product open).
+`op` chooses between them, `last` names the blocks that have it (0: all of them, else the last so
+many). The learned position embedding stays. P starts at 0, so that training starts from the
+baseline's function (the source leaves the start and the form of the product open).
 
-The products q·P are one matrix product over all distances; moving each row so that distances become key
-positions is a padding and a view, no gather. The scores (B, H, T, T) are held, which the fused attention of
-the baseline avoids: that is the cost in memory and time.
-Under bf16 autocast they are rounded to bf16 as well, where an accelerator's fused attention sums in float32: a
-comparison there is of both (on a CPU the baseline's are rounded, too). Differs from gpt2ish in the lines marked
-CHANGED. Costs H max_len h = D max_len parameters a block and a third product of the size of q·k. Nothing folds: P
-serves inference too.
+The products q·P are one matrix product over all distances; moving each row so that distances become
+key positions is a padding and a view, no gather. The scores (B, H, T, T) are held, which the fused
+attention of the baseline avoids: that is the cost in memory and time.
+Under bf16 autocast they are rounded to bf16 as well, where an accelerator's fused attention sums in
+float32: a comparison there is of both (on a CPU the baseline's are rounded, too). Differs from
+gpt2ish in the lines marked CHANGED. Costs H max_len h = D max_len parameters a block and a third
+product of the size of q·k. Nothing folds: P serves inference too.
 
-The claim (to be tested): better than learned absolute positions alone, the last two blocks nearly as good.
-Result so far (2026-11-23, docs/results.md): on the plan laptop .013 and .012 nats per token better than gpt2ish, seeds
-0 and 1; lmp_trial on the plan sketch: UNDECIDED, -.001 with an interval of .009.
-Source: https://github.com/jmward01/lmplay (attention position).
+The claim (to be tested): better than learned absolute positions alone, the last two blocks nearly
+as good. Result so far (2026-11-23, docs/results.md): on the plan laptop .013 and .012 nats per
+token better than gpt2ish, seeds 0 and 1; lmp_trial on the plan sketch: UNDECIDED, -.001 with an
+interval of .009. Source: https://github.com/jmward01/lmplay (attention position).
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.tied and self.head_bias:
             raise ValueError("tied=true needs head_bias=false")
-        if not 0 <= self.last <= self.num_blocks:
+        if not 0 <= self.last <= self.num_blocks:  # CHANGED
             raise ValueError(f"last {self.last} is not between 0 and num_blocks {self.num_blocks}")
 
 
@@ -82,14 +85,15 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
-# CHANGED: from here to Attention
+# CHANGED: to Attention
 def by_key(by_distance: Tensor) -> Tensor:
     """Columns of distances to columns of key positions, for the last t of T positions.
 
-    by_distance (..., t, T), column m standing for the distance T-1-m -> (..., t, T), column j for the key j.
-    Row r belongs to query i = T-t+r, whose key j lies at the column m = j+t-1-r: each row moves left by one
-    less than the row above. That is what reading the same memory in rows longer by one does (Huang et al. 2018,
-    section 3.4.1). Columns j > i hold what the causal mask removes.
+    by_distance (..., t, T), column m standing for the distance T-1-m -> (..., t, T), column j for
+    the key j. Row r belongs to query i = T-t+r, whose key j lies at the column m = j+t-1-r: each
+    row moves left by one less than the row above. That is what reading the same memory in rows
+    longer by one does (Huang et al. 2018, section 3.4.1). Columns j > i hold what the causal mask
+    removes.
     """
     t, total = by_distance.shape[-2:]
     return F.pad(by_distance, (1, 0)).flatten(-2)[..., t:].unflatten(-1, (t, total))
@@ -108,14 +112,21 @@ class DistanceTable(nn.Module):
         nn.init.zeros_(self.weight)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention whose scores know the distance. q (B, H, t, h), k, v (B, H, T, h) -> (B, H, t, h)."""
-        t, total = q.shape[2], k.shape[2]
+        """Causal attention whose scores know the distance. q (B, H, t, h), k, v (B, H, T, h) -> (B,
+        H, t, h)."""
+        t = q.shape[2]
+        total = k.shape[2]
         q = q / math.sqrt(q.shape[-1])
         content = q @ k.transpose(-1, -2)  # (B, H, t, T)
-        far_first = self.weight[:, :total].flip(1).transpose(-1, -2)  # (H, h, T): distances T-1 to 0
+        # (H, h, T): distances T-1 to 0
+        far_first = self.weight[:, :total].flip(1).transpose(-1, -2)
         position = by_key(q @ far_first)
         # q was divided by √h for the content; in the product it counts for the position as it was
-        scores = content * (1 + position * math.sqrt(q.shape[-1])) if self.multiply else content + position
+        scores = (
+            content * (1 + position * math.sqrt(q.shape[-1]))
+            if self.multiply
+            else content + position
+        )
         later = torch.ones(t, total, dtype=torch.bool, device=q.device).triu(total - t + 1)
         return scores.masked_fill(later, float("-inf")).softmax(-1) @ v
 
@@ -123,7 +134,9 @@ class DistanceTable(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
         self.query = Linear(c.embed_dim, c.embed_dim)
         self.key = Linear(c.embed_dim, c.embed_dim)
         self.value = Linear(c.embed_dim, c.embed_dim)
@@ -139,7 +152,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
         attend = causal_attention if self.distance is None else self.distance.attend  # CHANGED
-        out = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)
+        out = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)  # CHANGED
         return dropout(self.proj(out), self.dropout, self.training)
 
 

@@ -1,20 +1,22 @@
-"""All in one: unified embeddings (8x, 16x), unified linear layers, learned residual add; value norm on request.
+"""All in one: unified embeddings (8x, 16x), unified linear layers, learned residual add; value norm
+on request.
 
 The idea: each of the family's ideas acts on another part of the model, so their gains might add up.
 
-    e(v) = W2 gelu(W1 a(E[v]) + b1) + b2                                                as in ue.py
-    W' = (W ⊙ (m_out + c1) + a_out) by row, then the same by column; b' = b + c3        as uw1 in uw.py
-    x + f becomes α x + β f, factors in (.4, 1.5), trained                               as in lra.py
-    v = LN_h(W_v x), with value_norm                                                    as in value_norm.py
+    e(v) = W2 gelu(W1 a(E[v]) + b1) + b2                                          ue.py
+    W' = (W ⊙ (m_out + c1) + a_out) by row, then the same by column; b' = b + c3  uw1 in uw.py
+    x + f becomes α x + β f with learned α, β in (.4, 1.5)                        lra.py
+    v = LN_h(W_v x), with value_norm                                              value_norm.py
 
-`all1` holds the first three. `fold` tabulates the embedding and multiplies the weights out; α, β and the value
-norm stay, so that no standard architecture holds what is left.
-Training-only parameters: the front table and its network (see ue.py), 2 (in + out) + 3 a linear layer.
+`all1` holds the first three. `fold` tabulates the embedding and multiplies the weights out; α, β
+and the value norm stay, so that no standard architecture holds what is left.
+Training-only parameters: the front table and its network (see ue.py), 2 (in + out) + 3 a linear
+layer.
 
 The claim (to be tested): better than each of its parts.
-Result so far (2026-11-23, docs/results.md): all1 on the plan laptop worse than gpt2ish by .096 and .108 nats per
-token, seeds 0 and 1; lmp_trial on the plan sketch, untuned: .072 better with every seed, and .042 behind gpt2ish of
-its parameters: UNDECIDED.
+Result so far (2026-11-23, docs/results.md): all1 on the plan laptop worse than gpt2ish by .096 and
+.108 nats per token, seeds 0 and 1; lmp_trial on the plan sketch, untuned: .072 better with every
+seed, and .042 behind gpt2ish of its parameters: UNDECIDED.
 Source: https://github.com/jmward01/lmplay (combined).
 """
 
@@ -30,10 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmplay.api import KVCache, ModelRunner, causal_attention, computed_once, dropout
+from lmplay.api import KVCache, ModelRunner, cache_weights, causal_attention, dropout
 
 # CHANGED
-RATES = {"a_out": 0.02, "a_in": 0.02}  # of learning: what is added to W moves beside entries of .02, not of 1
+# of learning: what is added to W moves beside entries of .02, not of 1
+RATES = {
+    "a_out": 0.02,
+    "a_in": 0.02,
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ class Config:
     vocab_size: int = 50257
     dropout: float = 0.1
     head_bias: bool = True
-    front_embed_mul: float = 8.0  # CHANGED: m, the front table's width in embed_dims; 0: a plain table
+    # CHANGED: m, the front table's width in embed_dims; 0: a plain table
+    front_embed_mul: float = 8.0
     mid_mul: float = 1.0  # CHANGED: k, the middle's width in embed_dims
     front_act: Literal["gelu", "relu", "elu", "identity"] = "gelu"  # CHANGED: a
     unify_linear: bool = True  # CHANGED: modulate the blocks' linear layers
@@ -54,10 +61,12 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
-        if self.front_embed_mul < 0 or self.mid_mul <= 0:
+        if self.front_embed_mul < 0 or self.mid_mul <= 0:  # CHANGED
             raise ValueError("front_embed_mul must be 0 or more, mid_mul above 0")
 
 
@@ -81,7 +90,7 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
-# CHANGED: from here to Attention
+# CHANGED: to Attention
 Weights = dict[str, Tensor]  # the effective weights and biases of the unified layers, by name
 
 
@@ -93,13 +102,18 @@ class UnifiedLinear(Linear):
 
     modulated = False  # while nn.Linear begins
 
-    def __init__(self, in_features: int, out_features: int, c: Config, path: str, std: float = 0.02):
+    def __init__(
+        self, in_features: int, out_features: int, c: Config, path: str, std: float = 0.02
+    ):
         super().__init__(in_features, out_features, std=std)
-        self.path, self.modulated = path, c.unify_linear
+        self.path = path
+        self.modulated = c.unify_linear
         if self.modulated:
             self.m_out, self.a_out = (nn.Parameter(torch.empty(out_features)) for _ in range(2))
             self.m_in, self.a_in = (nn.Parameter(torch.empty(in_features)) for _ in range(2))
-            self.c_m_out, self.c_m_in, self.c_shift = (nn.Parameter(torch.empty(())) for _ in range(3))
+            self.c_m_out, self.c_m_in, self.c_shift = (
+                nn.Parameter(torch.empty(())) for _ in range(3)
+            )
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -147,9 +161,11 @@ class UnifiedEmbedding(nn.Module):
 
     def __init__(self, rows: int, c: Config):
         super().__init__()
-        front, mid = round(c.front_embed_mul * c.embed_dim), round(c.mid_mul * c.embed_dim)
+        front = round(c.front_embed_mul * c.embed_dim)
+        mid = round(c.mid_mul * c.embed_dim)
         self.act = ACTIVATIONS[c.front_act]
-        # E[x²] after each activation, for x normal with deviation 1: it keeps the middle at deviation 1.
+        # E[x²] after each activation, for x normal with deviation 1: it keeps the middle at
+        # deviation 1.
         power = {"gelu": 0.425, "relu": 0.5, "elu": 0.645, "identity": 1.0}[c.front_act]
         self.front = FrontTable(rows, front)
         self.fc1 = Linear(front, mid, std=1 / math.sqrt(front * power))
@@ -175,17 +191,19 @@ class UnifiedEmbedding(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
         path = f"blocks.{layer}.attn"  # CHANGED: unified layers, here and below
-        self.query = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.query")
-        self.key = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.key")
-        self.value = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.value")
-        std = 0.02 / math.sqrt(2 * c.num_blocks)
-        self.proj = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.proj", std)
-        head_dim = c.embed_dim // c.num_heads
+        self.query = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.query")  # CHANGED
+        self.key = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.key")  # CHANGED
+        self.value = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.value")  # CHANGED
+        std = 0.02 / math.sqrt(2 * c.num_blocks)  # CHANGED
+        self.proj = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.proj", std)  # CHANGED
+        head_dim = c.embed_dim // c.num_heads  # CHANGED
         self.value_norm = nn.LayerNorm(head_dim) if c.value_norm else nn.Identity()  # CHANGED
 
-    def forward(self, x: Tensor, cache: KVCache | None, w: Weights) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None, w: Weights) -> Tensor:  # CHANGED
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         q = self.query(x, w).unflatten(-1, heads).transpose(1, 2)  # (B, H, t, h)
         k = self.key(x, w).unflatten(-1, heads).transpose(1, 2)
@@ -197,22 +215,25 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, c: Config, layer: int):
+    def __init__(self, c: Config, layer: int):  # CHANGED
         super().__init__()
         self.dropout = c.dropout
-        path, std = f"blocks.{layer}.ff", 0.02 / math.sqrt(2 * c.num_blocks)
+        path = f"blocks.{layer}.ff"
+        std = 0.02 / math.sqrt(2 * c.num_blocks)
         self.fc1 = UnifiedLinear(c.embed_dim, 4 * c.embed_dim, c, f"{path}.fc1")  # CHANGED
         self.fc2 = UnifiedLinear(4 * c.embed_dim, c.embed_dim, c, f"{path}.fc2", std)  # CHANGED
 
-    def forward(self, x: Tensor, w: Weights) -> Tensor:
+    def forward(self, x: Tensor, w: Weights) -> Tensor:  # CHANGED
         return dropout(self.fc2(F.gelu(self.fc1(x, w)), w), self.dropout, self.training)  # CHANGED
 
 
-# CHANGED: from here to Block
+# CHANGED: to Block
 class LearnedAdd(nn.Module):
-    """α x + β f, each factor a trained number in (FLOOR, CEIL), starting at 1. x, f (..., D) -> (..., D)."""
+    """α x + β f, each factor a trained number in (FLOOR, CEIL), starting at 1. x, f (..., D) ->
+    (..., D)."""
 
-    FLOOR, CEIL = 0.4, 1.5
+    FLOOR = 0.4
+    CEIL = 1.5
 
     def __init__(self, c: Config):
         super().__init__()
@@ -224,7 +245,9 @@ class LearnedAdd(nn.Module):
         nn.init.constant_(self.bias, math.log(share / (1 - share)))  # the factor 1
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
-        alpha, beta = (self.FLOOR + (self.CEIL - self.FLOOR) * torch.sigmoid(self.bias)).chunk(2, -1)
+        alpha, beta = (self.FLOOR + (self.CEIL - self.FLOOR) * torch.sigmoid(self.bias)).chunk(
+            2, -1
+        )
         return alpha * x + beta * f
 
 
@@ -234,10 +257,12 @@ class Block(nn.Module):
         self.ln1 = nn.LayerNorm(c.embed_dim)
         self.attn = Attention(c, layer)
         self.ln2 = nn.LayerNorm(c.embed_dim)
-        self.ff = FeedForward(c, layer)
-        self.add1, self.add2 = LearnedAdd(c), LearnedAdd(c)  # CHANGED
+        self.ff = FeedForward(c, layer)  # CHANGED
+        # CHANGED
+        self.add1 = LearnedAdd(c)
+        self.add2 = LearnedAdd(c)
 
-    def forward(self, x: Tensor, cache: KVCache | None, w: Weights) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None, w: Weights) -> Tensor:  # CHANGED
         x = self.add1(x, self.attn(self.ln1(x), cache, w))  # CHANGED
         return self.add2(x, self.ff(self.ln2(x), w))  # CHANGED
 
@@ -246,7 +271,7 @@ class GPT(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.dropout = c.dropout
-        self.tok_embed: nn.Module = Embedding(c.vocab_size, c.embed_dim)
+        self.tok_embed: nn.Module = Embedding(c.vocab_size, c.embed_dim)  # CHANGED
         if c.front_embed_mul:  # CHANGED
             self.tok_embed = UnifiedEmbedding(c.vocab_size, c)
         self.pos_embed = Embedding(c.max_len, c.embed_dim)
@@ -255,9 +280,9 @@ class GPT(nn.Module):
         self.head = Linear(c.embed_dim, c.vocab_size, bias=c.head_bias)
         # CHANGED: to effective
         self.unified = [m for m in self.modules() if isinstance(m, UnifiedLinear)]
-        self.held: Weights | None = None  # what `effective` gave, while no weight changes
+        self.cached: Weights | None = None  # what `effective` gave, while no weight changes
 
-    def effective(self) -> Weights:
+    def effective(self) -> Weights:  # CHANGED
         """Weights and biases of all unified layers, under the names of a plain model's."""
         made: Weights = {}
         for layer in self.unified:
@@ -269,9 +294,9 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + ids.shape[1], device=ids.device)
         x = dropout(self.tok_embed(ids) + self.pos_embed(positions), self.dropout, self.training)
-        w = self.effective() if self.held is None else self.held  # CHANGED
+        w = self.effective() if self.cached is None else self.cached  # CHANGED
         for block in self.blocks:
-            x = block(x, cache, w)
+            x = block(x, cache, w)  # CHANGED
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.ln(x)
@@ -285,11 +310,18 @@ class Runner(ModelRunner):
 
     # CHANGED: to the end of the class
     training_only = (
-        "*.m_out", "*.a_out", "*.m_in", "*.a_in", "*.c_*", "tok_embed.front.*", "tok_embed.fc1.*", "tok_embed.fc2.*",
-    )  # fmt: skip
+        "*.m_out",
+        "*.a_out",
+        "*.m_in",
+        "*.a_in",
+        "*.c_*",
+        "tok_embed.front.*",
+        "tok_embed.fc1.*",
+        "tok_embed.fc2.*",
+    )
 
     def fixed_weights(self, model: nn.Module) -> AbstractContextManager[None]:
-        return computed_once(model, model.effective)  # type: ignore[arg-type]
+        return cache_weights(model, model.effective)  # type: ignore[arg-type]
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """What is added to W learns at the rate of RATES: its steps are beside entries of .02."""

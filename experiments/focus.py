@@ -1,20 +1,22 @@
 """Focus: a learned attention temperature, for each position and head, or one number a block.
 
-The idea: some positions should look at one thing, others at the whole past. The softmax cannot choose that
-freely, as queries and keys must then grow or shrink. Here the query's position sets its own temperature.
+The idea: some positions should look at one thing, others at the whole past. The softmax cannot
+choose that freely, as queries and keys must then grow or shrink. Here the query's position sets its
+own temperature.
 
     score(i, j) = q_i·k_j / (√h s_i)       full:   s_i = 2σ(W x_i + b), one for each head
                                            simple: s = 2σ(w), one trained number a block
 
-s lies in (0, 2). W, b and w start at 0, where s = 1, so that training starts from the baseline's function.
-Dividing the query by s is all it takes: the fused attention stays.
-Differs from gpt2ish in the lines marked CHANGED; costs D H + H parameters a block (full) or 1 (simple) and
-next to no time. Nothing folds in full; simple is kept as it is, for a single number is not worth it.
+s lies in (0, 2). W, b and w start at 0, where s = 1, so that training starts from the baseline's
+function. Dividing the query by s is all it takes: the fused attention stays.
+Differs from gpt2ish in the lines marked CHANGED; costs D H + H parameters a block (full) or 1
+(simple) and next to no time. Nothing folds in full; simple is kept as it is, for a single number is
+not worth it.
 
 The claim (to be tested): a small gain for nearly no cost.
-Result so far (2026-11-22, docs/results.md): on the plan laptop level with gpt2ish (+.001 and +.005 nats per token,
-seeds 0 and 1, below 0 is better); lmp_trial on the plan sketch: UNDECIDED, a gain of .013.
-Source: https://github.com/jmward01/lmplay (focus).
+Result so far (2026-11-22, docs/results.md): on the plan laptop level with gpt2ish (+.001 and +.005
+nats per token, seeds 0 and 1, below 0 is better); lmp_trial on the plan sketch: UNDECIDED, a gain
+of .013. Source: https://github.com/jmward01/lmplay (focus).
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.tied and self.head_bias:
@@ -71,7 +75,7 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
-# CHANGED: from here to Attention
+# CHANGED: to Attention
 class Temperature(nn.Module):
     """s in (0, 2), starting at 1: x (B, t, D) -> (B, H, t, 1), or ()."""
 
@@ -96,7 +100,9 @@ class Temperature(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
         self.query = Linear(c.embed_dim, c.embed_dim)
         self.key = Linear(c.embed_dim, c.embed_dim)
         self.value = Linear(c.embed_dim, c.embed_dim)

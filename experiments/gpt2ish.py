@@ -1,16 +1,17 @@
 """The baseline: a GPT-2 that every idea is measured against.
 
-The idea: none. Pre-norm GPT-2 (Radford et al. 2019) with the choices of the original playground: separate
-query, key, value and output projections with biases, an exact GELU, an untied head with a bias.
+The idea: none. Pre-norm GPT-2 (Radford et al. 2019) with the choices of the original playground:
+separate query, key, value and output projections with biases, an exact GELU, an untied head with a
+bias.
 
     x = E[token] + P[position]
     x = x + proj(attention(LN(x)));  x = x + fc2(gelu(fc1(LN(x))))      for each of L blocks
     logits = head(LN(x))
 
-Dropout follows the embeddings and each residual branch. It does not act on the attention weights, so that
-the fused attention can be used. Weights start as in GPT-2: normal with deviation .02, divided by sqrt(2 L)
-where they write to the residual stream. With tied=True and head_bias=False the weights map one to one to
-the transformers library's GPT2LMHeadModel (activation_function="gelu").
+Dropout follows the embeddings and each residual branch. It does not act on the attention weights,
+so that the fused attention can be used. Weights start as in GPT-2: normal with deviation .02,
+divided by sqrt(2 L) where they write to the residual stream. With tied=True and head_bias=False the
+weights map one to one to the transformers library's GPT2LMHeadModel (activation_function="gelu").
 
 Source: https://github.com/jmward01/lmplay (gpt2ish).
 """
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmplay.api import KVCache, ModelRunner, causal_attention, dropout
+from lmplay.api import HfForm, KVCache, ModelRunner, causal_attention, dropout
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.tied and self.head_bias:
@@ -70,7 +73,9 @@ class Embedding(nn.Embedding):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
         self.query = Linear(c.embed_dim, c.embed_dim)
         self.key = Linear(c.embed_dim, c.embed_dim)
         self.value = Linear(c.embed_dim, c.embed_dim)
@@ -140,6 +145,47 @@ class Runner(ModelRunner):
 
     def build(self) -> nn.Module:
         return GPT(self.config)
+
+    def to_hf(self, model: nn.Module) -> HfForm:
+        """GPT2LMHeadModel, which keeps matrices as (in, out) and query, key, value in one."""
+        c = self.config
+        own = model.state_dict()
+        tensors = {
+            "transformer.wte.weight": own["tok_embed.weight"],
+            "transformer.wpe.weight": own["pos_embed.weight"],
+            "transformer.ln_f.weight": own["ln.weight"],
+            "transformer.ln_f.bias": own["ln.bias"],
+            "lm_head.weight": own["head.weight"],
+        }
+        if c.head_bias:
+            tensors["lm_head.bias"] = own["head.bias"]  # GPT-2 has none: the export widens it
+        for i in range(c.num_blocks):
+            for kind in ("weight", "bias"):
+                qkv = [own[f"blocks.{i}.attn.{name}.{kind}"] for name in ("query", "key", "value")]
+                block = {
+                    "ln_1": own[f"blocks.{i}.ln1.{kind}"],
+                    "ln_2": own[f"blocks.{i}.ln2.{kind}"],
+                    "attn.c_attn": torch.cat(qkv).t(),
+                    "attn.c_proj": own[f"blocks.{i}.attn.proj.{kind}"].t(),
+                    "mlp.c_fc": own[f"blocks.{i}.ff.fc1.{kind}"].t(),
+                    "mlp.c_proj": own[f"blocks.{i}.ff.fc2.{kind}"].t(),
+                }
+                tensors |= {f"transformer.h.{i}.{name}.{kind}": t for name, t in block.items()}
+        config = {
+            "vocab_size": c.vocab_size,
+            "n_positions": c.max_len,
+            "n_embd": c.embed_dim,
+            "n_layer": c.num_blocks,
+            "n_head": c.num_heads,
+            "n_inner": 4 * c.embed_dim,
+            "activation_function": "gelu",
+            "layer_norm_epsilon": 1e-5,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "tie_word_embeddings": c.tied,
+        }
+        return HfForm("gpt2", config, tensors=tensors)
 
 
 BASELINE = "gpt2ish"

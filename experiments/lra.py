@@ -1,18 +1,21 @@
-"""Learned residual add: each block may keep less of what comes in, or take more of what it computes.
+"""Learned residual add: each block may keep less of what comes in, or take more of what it
+computes.
 
-The idea: x + f weighs the stream and the branch alike for ever. Two factors let a block forget or insist.
+The idea: x + f weighs the stream and the branch alike for ever. Two factors let a block forget or
+insist.
 
     x + f   becomes   α x + β f       α, β = .4 + (1.5 - .4) σ(·)
 
-`factors` says where they come from: trained numbers, a linear layer over [x, f], or a small MLP over it (one
-hidden layer of width D, GELU); `per_feature` gives each of the D features its own. Every factor starts at 1
-(σ⁻¹(6/11) in the bias, weights at 0), so that training starts from the baseline's function; with the MLP near it.
-Differs from gpt2ish in the lines marked CHANGED. Costs for each of the 2 L additions: 2 numbers, or 2D per
-feature; linear 4D (4D² per feature), mlp 2D² + 2D (4D² per feature). Nothing folds: the factors serve inference.
+`factors` says where they come from: trained numbers, a linear layer over [x, f], or a small MLP
+over it (one hidden layer of width D, GELU); `per_feature` gives each of the D features its own.
+Every factor starts at 1 (σ⁻¹(6/11) in the bias, weights at 0), so that training starts from the
+baseline's function; with the MLP near it. Differs from gpt2ish in the lines marked CHANGED. Costs
+for each of the 2 L additions: 2 numbers, or 2D per feature; linear 4D (4D² per feature), mlp 2D² +
+2D (4D² per feature). Nothing folds: the factors serve inference.
 
 The claim (to be tested): trained factors help deep models, predicted ones help more.
-Result so far (2026-11-23, docs/results.md): on the plan laptop .011 and .012 nats per token better than gpt2ish, seeds
-0 and 1; lmp_trial on the plan sketch: UNDECIDED, a gain of .013.
+Result so far (2026-11-23, docs/results.md): on the plan laptop .011 and .012 nats per token better
+than gpt2ish, seeds 0 and 1; lmp_trial on the plan sketch: UNDECIDED, a gain of .013.
 Source: https://github.com/jmward01/lmplay (learned residual add).
 """
 
@@ -44,7 +47,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.tied and self.head_bias:
@@ -74,7 +79,9 @@ class Embedding(nn.Embedding):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
         self.query = Linear(c.embed_dim, c.embed_dim)
         self.key = Linear(c.embed_dim, c.embed_dim)
         self.value = Linear(c.embed_dim, c.embed_dim)
@@ -102,11 +109,12 @@ class FeedForward(nn.Module):
         return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
 
 
-# CHANGED: from here to Block
+# CHANGED: to Block
 class LearnedAdd(nn.Module):
     """α x + β f, each factor in (FLOOR, CEIL) and starting at 1. x, f (..., D) -> (..., D)."""
 
-    FLOOR, CEIL = 0.4, 1.5
+    FLOOR = 0.4
+    CEIL = 1.5
 
     def __init__(self, c: Config):
         super().__init__()
@@ -127,8 +135,12 @@ class LearnedAdd(nn.Module):
         raw: Tensor = self.bias
         if self.weight is not None:
             read = torch.cat([x, f.to(x.dtype)], -1)  # (..., 2D)
-            raw = F.linear(read if self.hidden is None else F.gelu(self.hidden(read)), self.weight, self.bias)
-        alpha, beta = (self.FLOOR + (self.CEIL - self.FLOOR) * torch.sigmoid(raw.to(x.dtype))).chunk(2, -1)
+            raw = F.linear(
+                read if self.hidden is None else F.gelu(self.hidden(read)), self.weight, self.bias
+            )
+        alpha, beta = (
+            self.FLOOR + (self.CEIL - self.FLOOR) * torch.sigmoid(raw.to(x.dtype))
+        ).chunk(2, -1)
         return alpha * x + beta * f
 
 
@@ -139,7 +151,9 @@ class Block(nn.Module):
         self.attn = Attention(c, layer)
         self.ln2 = nn.LayerNorm(c.embed_dim)
         self.ff = FeedForward(c)
-        self.add1, self.add2 = LearnedAdd(c), LearnedAdd(c)  # CHANGED
+        # CHANGED
+        self.add1 = LearnedAdd(c)
+        self.add2 = LearnedAdd(c)
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
         x = self.add1(x, self.attn(self.ln1(x), cache))  # CHANGED

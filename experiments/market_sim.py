@@ -1,29 +1,34 @@
-"""A transformer that reads and writes a stock exchange's messages, and is run against a live order book.
+"""A transformer that reads and writes a stock exchange's messages, and is run against a live order
+book.
 
-The idea: every event of an order book is a message of 24 tokens without order ids (lmplay/market/messages.py), and a
-decoder learns the stream. Which orders there are the book knows; `lmp_market simulate` samples through it. In the form
-"book" three more tokens tell spread and volumes at the touch that the message meets.
+The idea: every event of an order book is a message of 24 tokens without order ids
+(lmplay/market/messages.py), and a decoder learns the stream. Which orders there are the book knows;
+`lmp_market simulate` samples through it. In the form "book" three more tokens tell spread and
+volumes at the touch that the message meets.
 
-The model is the last of a series, and every change has its switch: rotary positions (Su et al. 2021), RMSNorm (Zhang
-and Sennrich 2019), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020), a head tied to the embedding,
-and an attention sink: a learned token in front of every sample (Xiao et al. 2023, section 3.3). `vanilla` has none.
+The model is the last of a series, and every change has its switch: rotary positions (Su et al.
+2021), RMSNorm (Zhang and Sennrich 2019), grouped-query attention (Ainslie et al. 2023), SwiGLU
+(Shazeer 2020), a head tied to the embedding, and an attention sink: a learned token in front of
+every sample (Xiao et al. 2023, section 3.3). `vanilla` has none.
 
-    x = x + O attention(rot(Q RMS(x)), rot(K RMS(x)), V RMS(x));  x = x + W2 (silu(W1 RMS(x)) * W3 RMS(x))
+    x = x + O attention(rot(Q RMS(x)), rot(K RMS(x)), V RMS(x));  x = x + W2 (silu(W1 RMS(x)) * W3
+    RMS(x))
 
-For a stream without end the cache keeps the sink and the last messages, and whole messages leave it. A key is stored
-rotated by its place in the stream; the sink's is stored unrotated and turned to stand just before the oldest message.
-As attention sees only differences of places, that is the same as rotating every key by its place in the cache, which
-the tests compare it with.
+For a stream without end the cache keeps the sink and the last messages, and whole messages leave
+it. A key is stored rotated by its place in the stream; the sink's is stored unrotated and turned to
+stand just before the oldest message. As attention sees only differences of places, that is the same
+as rotating every key by its place in the cache, which the tests compare it with.
 
-The claim (to be tested): a lower loss and fewer cancels of orders that are not there than `vanilla`, and quality that
-lasts past the context with the sink and breaks without.
-Result so far (2026-11-23, docs/results.md): against `vanilla` it was not run; lmp_trial on the plan market_smoke, some
-seconds of training: HARMFUL, -.07 against gpt2ish. Trained for half an hour on market_btc and sampled through the book
-mask it is nearer to the held-out market than zero intelligence, in the mean of LOB-Bench's distances: L1 .277 and .258
-against .289 and .283, W1 .331 and .313 against .343 and .333 (two seeds of sampling, one run). Without that mask one
-cancel in a thousand names an order's exact time, 68 % a price at which something rests. Past the context nothing
-breaks, with the sink or without, at six layers and 42 messages.
-Source: the ancestor's log; MarketGPT (Wheeler and Varner 2024, arXiv 2411.16585); StreamingLLM (arXiv 2309.17453).
+The claim (to be tested): a lower loss and fewer cancels of orders that are not there than
+`vanilla`, and quality that lasts past the context with the sink and breaks without.
+Result so far (2026-11-23, docs/results.md): against `vanilla` it was not run; lmp_trial on the plan
+market_smoke, some seconds of training: HARMFUL, -.07 against gpt2ish. Trained for half an hour on
+market_btc and sampled through the book mask it is nearer to the held-out market than zero
+intelligence, in the mean of LOB-Bench's distances: L1 .277 and .258 against .289 and .283, W1 .331
+and .313 against .343 and .333 (two seeds of sampling, one run). Without that mask one cancel in a
+thousand names an order's exact time, 68 % a price at which something rests. Past the context
+nothing breaks, with the sink or without, at six layers and 42 messages. Source: the ancestor's log;
+MarketGPT (Wheeler and Varner 2024, arXiv 2411.16585); StreamingLLM (arXiv 2309.17453).
 """
 
 from __future__ import annotations
@@ -44,25 +49,32 @@ class Config:
     num_blocks: int = 12
     embed_dim: int = 768
     num_heads: int = 12
-    queries_per_kv: int = 3  # CHANGED: heads that share a key and a value; at most, of those that divide num_heads
-    ff_dim: int = 0  # CHANGED: 0: 4 embed_dim for gelu, 19/6 embed_dim for swiglu, about as many weights
+    # heads that share a key and a value; at most, of those that divide num_heads
+    queries_per_kv: int = 3
+    # 0: 4 embed_dim for gelu, 19/6 embed_dim for swiglu, about as many weights
+    ff_dim: int = 0
     max_len: int = 2689
     vocab_size: int = 12544
     dropout: float = 0.0
-    positions: Literal["rotary", "learned"] = "rotary"  # CHANGED: turned keys and queries, or a vector for each place
-    norm: Literal["rms", "layer"] = "rms"  # CHANGED
-    ff: Literal["swiglu", "gelu"] = "swiglu"  # CHANGED: gated, or gpt2ish's
-    tied: bool = True
-    sink: bool = True  # CHANGED: False: no other position sees the first
-    rotary_base: float = 10000.0  # CHANGED: the longest wavelength is 2 pi of it
+    # turned keys and queries, or a vector for each place
+    positions: Literal["rotary", "learned"] = "rotary"
+    norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
+    ff: Literal["swiglu", "gelu"] = "swiglu"  # gated, or gpt2ish's
+    tied: bool = True  # one table for the input and the output
+    sink: bool = True  # False: no other position sees the first
+    rotary_base: float = 10000.0  # the longest wavelength is 2 pi of it
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if self.queries_per_kv < 1:
             raise ValueError(f"queries_per_kv must be 1 or more, not {self.queries_per_kv}")
         if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head size, embed_dim / num_heads is {self.head_dim}")
+            raise ValueError(
+                f"rotary positions need an even head size, embed_dim / num_heads is {self.head_dim}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.positions == "learned" and self.rotary_base != 10000.0:
@@ -110,23 +122,26 @@ def make_norm(c: Config) -> nn.Module:
 def rotate(x: Tensor, places: Tensor, base: float) -> Tensor:
     """Rotary positions: dimension i is turned with dimension i + h/2 by place / base^(2i/h).
 
-    x (B, H, t, h); places (t,) or (B, t) whole numbers. Angles are taken in float64: a stream may be long.
+    x (B, H, t, h); places (t,) or (B, t) whole numbers. Angles are taken in float64: a stream may
+    be long.
     """
     half = x.shape[-1] // 2
     steps = base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
     angles = places.double().unsqueeze(-1) * steps  # ([B,] t, h/2)
     angles = angles if angles.ndim == 2 else angles.unsqueeze(1)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
+    cos = angles.cos().to(x.dtype)
+    sin = angles.sin().to(x.dtype)
+    a = x[..., :half]
+    b = x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class StreamCache:
     """Keys and values of several endless streams, each with a length of its own.
 
-    Slot 0 holds the sink, the other slots are a ring: the token at place p of its stream, the sink's being 0, stands in
-    slot 1 + (p - 1) mod (slots - 1). `gone` (B,) counts the tokens that left; they are not seen, but stay where they
-    are until others are written over them.
+    Slot 0 holds the sink, the other slots are a ring: the token at place p of its stream, the
+    sink's being 0, stands in slot 1 + (p - 1) mod (slots - 1). `gone` (B,) counts the tokens that
+    left; they are not seen, but stay where they are until others are written over them.
     """
 
     def __init__(self, c: Config, batch_size: int, max_len: int, like: Tensor):
@@ -147,7 +162,8 @@ class StreamCache:
         self.gone = self.gone + -(-over.clamp(min=0) // piece) * piece
 
     def mark(self) -> tuple[Tensor, Tensor]:
-        """What :meth:`roll_back` needs; valid until more than the free places at this moment were written."""
+        """What :meth:`roll_back` needs; valid until more than the free places at this moment were
+        written."""
         return self.length, self.gone
 
     def roll_back(self, mark: tuple[Tensor, Tensor], rows: Tensor) -> None:
@@ -156,7 +172,8 @@ class StreamCache:
         self.gone = torch.where(rows, mark[1], self.gone)
 
     def begin(self, t: int) -> None:
-        """Find what all layers need to read t more tokens: their places and slots, and what each of them sees.
+        """Find what all layers need to read t more tokens: their places and slots, and what each of
+        them sees.
 
         Raises:
             ValueError: there are fewer free places; :meth:`make_room` makes some.
@@ -164,19 +181,25 @@ class StreamCache:
         if int((self.length - self.gone).max()) + t > self.max_len:
             raise ValueError(f"the cache holds {self.max_len} positions; make room for {t} more")
         ring = self.max_len - 1
-        self.places = self.length.unsqueeze(1) + torch.arange(t, device=self.length.device)  # (B, t)
+        # (B, t)
+        self.places = self.length.unsqueeze(1) + torch.arange(t, device=self.length.device)
         self.slots = torch.where(self.places == 0, 0, 1 + (self.places - 1) % ring)
         self.rows = torch.arange(len(self.slots), device=self.slots.device).unsqueeze(1)
         self.used = min(self.max_len, int(self.length.max()) + t)
         slot = torch.arange(self.used, device=self.length.device)
-        last = self.places[:, -1:]  # (B, 1) the newest place; a slot's is as many before it as their slots lie apart
-        place = torch.where(slot == 0, 0, last - ((last - 1) % ring - (slot - 1)) % ring)  # (B, used)
+        # (B, 1) the newest place; a slot's is as many before it as their slots lie apart
+        last = self.places[:, -1:]
+        # (B, used)
+        place = torch.where(slot == 0, 0, last - ((last - 1) % ring - (slot - 1)) % ring)
         alive = (slot == 0) | ((place > self.gone.unsqueeze(1)) & (place > 0))
-        self.seen = alive.unsqueeze(1) & (place.unsqueeze(1) <= self.places.unsqueeze(2))  # (B, t, used)
+        # (B, t, used)
+        self.seen = alive.unsqueeze(1) & (place.unsqueeze(1) <= self.places.unsqueeze(2))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, t, h) at the places found; returns all (B, H, used, h), the unseen ones as well."""
-        self.keys[layer][self.rows, :, self.slots] = k.transpose(1, 2)  # indexing puts (B, t) first: (B, t, H, h)
+        """Store k and v (B, H, t, h) at the places found; returns all (B, H, used, h), the unseen
+        ones as well."""
+        # indexing puts (B, t) first: (B, t, H, h)
+        self.keys[layer][self.rows, :, self.slots] = k.transpose(1, 2)
         self.values[layer][self.rows, :, self.slots] = v.transpose(1, 2)
         return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
@@ -187,7 +210,8 @@ class StreamCache:
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.c, self.layer = c, layer
+        self.c = c
+        self.layer = layer
         kv = c.num_kv_heads * c.head_dim
         self.query = Linear(c.embed_dim, c.embed_dim)
         self.key = Linear(c.embed_dim, kv)
@@ -195,7 +219,8 @@ class Attention(nn.Module):
         self.proj = Linear(c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
 
     def forward(self, x: Tensor, cache: KVCache | StreamCache | None) -> Tensor:
-        c, t = self.c, x.shape[1]
+        c = self.c
+        t = x.shape[1]
         q = self.query(x).unflatten(-1, (c.num_heads, c.head_dim)).transpose(1, 2)  # (B, H, t, h)
         k = self.key(x).unflatten(-1, (c.num_kv_heads, c.head_dim)).transpose(1, 2)
         v = self.value(x).unflatten(-1, (c.num_kv_heads, c.head_dim)).transpose(1, 2)
@@ -205,7 +230,8 @@ class Attention(nn.Module):
             past = 0 if cache is None else cache.length
             if c.positions == "rotary":
                 places = torch.arange(past, past + t, device=x.device)
-                q, k = rotate(q, places, c.rotary_base), rotate(k, places, c.rotary_base)
+                q = rotate(q, places, c.rotary_base)
+                k = rotate(k, places, c.rotary_base)
             if cache is not None:
                 k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
             out = self._attend(q, k, v, past)
@@ -214,7 +240,8 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
         """Causal attention; without a sink, positions after the first do not see the first."""
         groups = self.c.num_heads // self.c.num_kv_heads
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        k = k.repeat_interleave(groups, 1)
+        v = v.repeat_interleave(groups, 1)
         if self.c.sink or k.shape[2] == 1:
             return causal_attention(q, k, v)
         if past:
@@ -222,12 +249,16 @@ class Attention(nn.Module):
         return torch.cat([v[:, :, :1], causal_attention(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:])], 2)
 
     def _stream(self, q: Tensor, k: Tensor, v: Tensor, cache: StreamCache) -> Tensor:
-        c, places, first = self.c, cache.places, k
+        c = self.c
+        places = cache.places
+        first = k
         if c.positions == "rotary":
-            q, k = rotate(q, places, c.rotary_base), rotate(k, places, c.rotary_base)
+            q = rotate(q, places, c.rotary_base)
+            k = rotate(k, places, c.rotary_base)
         keys, values = cache.append(self.layer, k, v)
         if c.positions == "rotary":
-            # The sink stands at the cache's place 0: as many places on in the stream as tokens left.
+            # The sink stands at the cache's place 0: as many places on in the stream as tokens
+            # left.
             begins = (places[:, :1] == 0)[:, None, :, None]
             cache.sink[self.layer] = torch.where(begins, first[:, :, :1], cache.sink[self.layer])
             keys[:, :, :1] = rotate(cache.sink[self.layer], cache.gone.unsqueeze(1), c.rotary_base)
@@ -246,10 +277,13 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.c, vanilla = c, c.ff == "gelu"
+        self.c = c
+        vanilla = c.ff == "gelu"
         self.fc1 = Linear(c.embed_dim, c.inner, bias=vanilla)
         self.gate = None if vanilla else Linear(c.embed_dim, c.inner)
-        self.fc2 = Linear(c.inner, c.embed_dim, bias=vanilla, std=0.02 / math.sqrt(2 * c.num_blocks))
+        self.fc2 = Linear(
+            c.inner, c.embed_dim, bias=vanilla, std=0.02 / math.sqrt(2 * c.num_blocks)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.gelu(self.fc1(x)) if self.gate is None else F.silu(self.gate(x)) * self.fc1(x)
@@ -259,8 +293,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.norm1, self.attn = make_norm(c), Attention(c, layer)
-        self.norm2, self.ff = make_norm(c), FeedForward(c)
+        self.norm1 = make_norm(c)
+        self.attn = Attention(c, layer)
+        self.norm2 = make_norm(c)
+        self.ff = FeedForward(c)
 
     def forward(self, x: Tensor, cache: KVCache | StreamCache | None) -> Tensor:
         x = x + self.attn(self.norm1(x), cache)
@@ -284,7 +320,10 @@ class Transformer(nn.Module):
         x = self.tok_embed(ids)
         if self.pos_embed is not None:
             if isinstance(cache, StreamCache):
-                raise ValueError("learned positions are fixed to a place: no stream of them can lose its beginning")
+                raise ValueError(
+                    "learned positions are fixed to a place: no stream of them can lose its "
+                    "beginning"
+                )
             past = 0 if cache is None else cache.length
             x = x + self.pos_embed(torch.arange(past, past + ids.shape[1], device=ids.device))
         if isinstance(cache, StreamCache):
@@ -304,7 +343,8 @@ class Runner(ModelRunner):
         return Transformer(self.config)
 
     def new_cache(self, model: nn.Module, batch_size: int, max_len: int) -> KVCache:
-        c, like = self.config, next(model.parameters())
+        c = self.config
+        like = next(model.parameters())
         return KVCache(c.num_blocks, batch_size, c.num_kv_heads, max_len, c.head_dim, like)
 
     def new_stream(self, model: nn.Module, batch_size: int, max_len: int) -> Any:
@@ -319,9 +359,14 @@ VARIANTS: dict[str, dict] = {
     "modern": {},
     "modern_nosink": {"sink": False},
     "vanilla": {
-        "queries_per_kv": 1, "positions": "learned", "norm": "layer", "ff": "gelu", "tied": False, "sink": False
+        "queries_per_kv": 1,
+        "positions": "learned",
+        "norm": "layer",
+        "ff": "gelu",
+        "tied": False,
+        "sink": False,
     },
     "kv6": {"queries_per_kv": 2},  # six keys and values of twelve heads
     "market_tiny": {"num_blocks": 2, "embed_dim": 32, "num_heads": 2},
     "market_100m": {"num_blocks": 12, "embed_dim": 768, "num_heads": 12},
-}  # fmt: skip
+}

@@ -1,26 +1,30 @@
-"""NNMemory: trained memory cells that every position reads by attention, beside or instead of the feed-forward.
+"""NNMemory: trained memory cells that every position reads by attention, beside or instead of the
+feed-forward.
 
-The idea: a feed-forward layer stores what the model knows in the product of two matrices. A bank of C cells,
-read by attention, stores it where it can be looked up. Cells are not positions, so there is no causal mask.
+The idea: a feed-forward layer stores what the model knows in the product of two matrices. A bank of
+C cells, read by attention, stores it where it can be looked up. Cells are not positions, so there
+is no causal mask.
 
-    K, V = W_k cells, W_v cells      cells (C x cell_mul D), or with cell_net a small network behind them first
+    K, V = W_k cells, W_v cells      cells (C x cell_mul D); with cell_net, first through a network
     r = softmax(q Kᵀ / √h) V,  q = W_q LN(x), `mem_heads` heads of the attention's head size h
     memory(x) = proj(r), and with mem_ff a feed-forward of its own behind it: m + ff(LN(x + m))
 
-`place`: before or after the attention, beside it (both read the same x), `only` (every second block has memory
-in place of attention), or ff (version 2: memory in place of the feed-forward; with `shadow` a plain D x D linear
-layer runs parallel to it). `shared`: one bank for all blocks, each with queries of its own.
+`place`: before or after the attention, beside it (both read the same x), `only` (every second block
+has memory in place of attention), or ff (version 2: memory in place of the feed-forward; with
+`shadow` a plain D x D linear layer runs parallel to it). `shared`: one bank for all blocks, each
+with queries of its own.
 
-K and V come from weights alone: computed once for all mini-batches of an optimizer step, and `fold` keeps the
-tables (mem_heads x C x h) and drops cells, W_k and W_v. The cells' wide layers learn at 1/cell_mul of the rate, as a
-step of Adam moves their product by the rate times the cells' size. No standard architecture holds what is left.
-Parameters a bank: training only C cell_mul D + 2 cell_mul D mem_heads h, in use 2 C mem_heads h; and a reading
-layer 2 D mem_heads h. The run's first lines say what that makes beside the baseline. mem_heads and cells are numbers of
-their own: a memory is 1.5 times as wide as the model at the size of laptop, and half as wide at the default.
+K and V come from weights alone: computed once for all mini-batches of an optimizer step, and `fold`
+keeps the tables (mem_heads x C x h) and drops cells, W_k and W_v. The cells' wide layers learn at
+1/cell_mul of the rate, as a step of Adam moves their product by the rate times the cells' size. No
+standard architecture holds what is left. Parameters a bank: training only C cell_mul D + 2 cell_mul
+D mem_heads h, in use 2 C mem_heads h; and a reading layer 2 D mem_heads h. The run's first lines
+say what that makes beside the baseline. mem_heads and cells are numbers of their own: a memory is
+1.5 times as wide as the model at the size of laptop, and half as wide at the default.
 
 The claim (to be tested): memory beside attention beats a wider feed-forward.
-Result so far (2026-11-23, docs/results.md): on the plan laptop worse than gpt2ish by .136 and .171 nats per token,
-seeds 0 and 1; lmp_trial on the plan sketch: HARMFUL, -.17.
+Result so far (2026-11-23, docs/results.md): on the plan laptop worse than gpt2ish by .136 and .171
+nats per token, seeds 0 and 1; lmp_trial on the plan sketch: HARMFUL, -.17.
 Source: https://github.com/jmward01/lmplay (nnmemory 1 and 2).
 """
 
@@ -35,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmplay.api import KVCache, ModelRunner, causal_attention, computed_once, dropout
+from lmplay.api import KVCache, ModelRunner, cache_weights, causal_attention, dropout
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Config:
     vocab_size: int = 50257
     dropout: float = 0.1
     head_bias: bool = True
-    place: Literal["after", "before", "beside", "only", "ff"] = "after"  # CHANGED: where the memory is read
+    # CHANGED: where the memory is read
+    place: Literal["after", "before", "beside", "only", "ff"] = "after"
     cells: int = 128  # CHANGED: C
     cell_mul: float = 32.0  # CHANGED: width of a cell in embed_dims
     cell_net: bool = False  # CHANGED: a unified embedding's network behind the cells
@@ -58,16 +63,18 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
-        if min(self.cells, self.mem_heads, self.cell_mul) <= 0:
+        if min(self.cells, self.mem_heads, self.cell_mul) <= 0:  # CHANGED
             raise ValueError("cells, mem_heads and cell_mul must be above 0")
-        if self.place == "only" and self.num_blocks < 2:
+        if self.place == "only" and self.num_blocks < 2:  # CHANGED
             raise ValueError("place=only needs two blocks: every second one is a memory")
-        if self.shared and self.num_blocks < (4 if self.place == "only" else 2):
+        if self.shared and self.num_blocks < (4 if self.place == "only" else 2):  # CHANGED
             raise ValueError("shared=true needs two memories to share the bank")
-        if self.shadow and self.place != "ff":
+        if self.shadow and self.place != "ff":  # CHANGED
             raise ValueError("shadow=true goes with place=ff")
 
 
@@ -91,17 +98,20 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
-# CHANGED: from here to Attention
+# CHANGED: to Attention
 Tables = dict[str, Tensor]  # the keys and values of all banks, by name
 
 
 class Bank(nn.Module):
-    """C cells, and the keys and values (M, C, h) made of them; folded, just those. `path` is its name."""
+    """C cells, and the keys and values (M, C, h) made of them; folded, just those. `path` is its
+    name."""
 
     def __init__(self, c: Config, path: str, folded: bool):
         super().__init__()
-        self.path, self.heads = path, c.mem_heads
-        wide, head_dim = round(c.cell_mul * c.embed_dim), c.embed_dim // c.num_heads
+        self.path = path
+        self.heads = c.mem_heads
+        wide = round(c.cell_mul * c.embed_dim)
+        head_dim = c.embed_dim // c.num_heads
         self.folded = folded
         if folded:
             self.keys = nn.Parameter(torch.empty(c.mem_heads, c.cells, head_dim))
@@ -113,7 +123,8 @@ class Bank(nn.Module):
         if c.cell_net:  # W2 gelu(W1 gelu(cells)), as a unified embedding
             narrow = Linear(wide, c.embed_dim, std=1 / math.sqrt(0.425 * wide))
             last = Linear(c.embed_dim, c.embed_dim, std=1 / math.sqrt(0.425 * c.embed_dim))
-            self.net, width = nn.Sequential(nn.GELU(), narrow, nn.GELU(), last), c.embed_dim
+            self.net = nn.Sequential(nn.GELU(), narrow, nn.GELU(), last)
+            width = c.embed_dim
         # Keys and values start as large as the attention's: .02 √D.
         std = 0.02 * math.sqrt(c.embed_dim / width)
         self.to_key = Linear(width, c.mem_heads * head_dim, std=std)
@@ -128,7 +139,10 @@ class Bank(nn.Module):
         if self.folded:
             return {f"{self.path}.keys": self.keys, f"{self.path}.values": self.values}
         cells = self.net(self.cells)
-        k, v = (m(cells).unflatten(1, (self.heads, -1)).transpose(0, 1) for m in (self.to_key, self.to_value))
+        k, v = (
+            m(cells).unflatten(1, (self.heads, -1)).transpose(0, 1)
+            for m in (self.to_key, self.to_value)
+        )
         return {f"{self.path}.keys": k, f"{self.path}.values": v}
 
 
@@ -137,8 +151,11 @@ class Memory(nn.Module):
 
     def __init__(self, c: Config, bank: str):
         super().__init__()
-        self.bank, self.heads, self.dropout = bank, c.mem_heads, c.dropout
-        inner, std = c.mem_heads * (c.embed_dim // c.num_heads), 0.02 / math.sqrt(2 * c.num_blocks)
+        self.bank = bank
+        self.heads = c.mem_heads
+        self.dropout = c.dropout
+        inner = c.mem_heads * (c.embed_dim // c.num_heads)
+        std = 0.02 / math.sqrt(2 * c.num_blocks)
         self.ln = nn.LayerNorm(c.embed_dim)
         self.query = Linear(c.embed_dim, inner)
         self.proj = Linear(inner, c.embed_dim, std=std)
@@ -148,9 +165,12 @@ class Memory(nn.Module):
 
     def forward(self, x: Tensor, tables: Tables) -> Tensor:
         y = self.ln(x)
-        # Positions do not see each other here, so all of the batch is one long list of queries: (1, M, B t, h).
+        # Positions do not see each other here, so all of the batch is one long list of queries: (1,
+        # M, B t, h).
         q = self.query(y).flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(0, 1).unsqueeze(0)
-        k, v = (tables[f"{self.bank}.{name}"].to(q.dtype).unsqueeze(0) for name in ("keys", "values"))
+        k, v = (
+            tables[f"{self.bank}.{name}"].to(q.dtype).unsqueeze(0) for name in ("keys", "values")
+        )
         r = F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1).flatten(1)
         m = self.proj(r).view_as(x)
         m = dropout(m if self.shadow is None else m + self.shadow(y), self.dropout, self.training)
@@ -160,7 +180,9 @@ class Memory(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
         self.query = Linear(c.embed_dim, c.embed_dim)
         self.key = Linear(c.embed_dim, c.embed_dim)
         self.value = Linear(c.embed_dim, c.embed_dim)
@@ -196,7 +218,9 @@ class Block(nn.Module):
             self.ln1 = nn.LayerNorm(c.embed_dim)
             self.attn = Attention(c, layer)
         if c.place != "only" or layer % 2 == 1:  # CHANGED
-            self.memory = Memory(c, "banks.0" if c.shared else f"banks.{layer // (2 if c.place == 'only' else 1)}")
+            self.memory = Memory(
+                c, "banks.0" if c.shared else f"banks.{layer // (2 if c.place == 'only' else 1)}"
+            )
         if c.place != "ff":  # CHANGED
             self.ln2 = nn.LayerNorm(c.embed_dim)
             self.ff = FeedForward(c)
@@ -205,7 +229,9 @@ class Block(nn.Module):
         if self.place == "beside":
             x = x + self.attn(self.ln1(x), cache) + self.memory(x, tables)
         elif self.place == "only":
-            x = x + (self.attn(self.ln1(x), cache) if hasattr(self, "attn") else self.memory(x, tables))
+            x = x + (
+                self.attn(self.ln1(x), cache) if hasattr(self, "attn") else self.memory(x, tables)
+            )
         elif self.place == "before":
             x = x + self.memory(x, tables)
             x = x + self.attn(self.ln1(x), cache)
@@ -216,7 +242,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, c: Config, folded: bool = False):
+    def __init__(self, c: Config, folded: bool = False):  # CHANGED
         super().__init__()
         self.dropout = c.dropout
         self.tok_embed = Embedding(c.vocab_size, c.embed_dim)
@@ -226,11 +252,14 @@ class GPT(nn.Module):
         self.head = Linear(c.embed_dim, c.vocab_size, bias=c.head_bias)
         # CHANGED: to effective
         readers = c.num_blocks // 2 if c.place == "only" else c.num_blocks
-        self.banks = nn.ModuleList(Bank(c, f"banks.{i}", folded) for i in range(1 if c.shared else readers))
-        self.held: Tables | None = None  # what `effective` gave, while no weight changes
+        self.banks = nn.ModuleList(
+            Bank(c, f"banks.{i}", folded) for i in range(1 if c.shared else readers)
+        )
+        self.cached: Tables | None = None  # what `effective` gave, while no weight changes
 
-    def effective(self) -> Tables:
-        """Keys and values of all banks, under the names that the folded model's have; in full precision."""
+    def effective(self) -> Tables:  # CHANGED
+        """Keys and values of all banks, under the names that the folded model's have; in full
+        precision."""
         with torch.autocast(self.head.weight.device.type, enabled=False):
             return {name: t for bank in self.banks for name, t in bank.effective().items()}  # type: ignore[operator]
 
@@ -239,9 +268,9 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + ids.shape[1], device=ids.device)
         x = dropout(self.tok_embed(ids) + self.pos_embed(positions), self.dropout, self.training)
-        tables = self.effective() if self.held is None else self.held  # CHANGED
+        tables = self.effective() if self.cached is None else self.cached  # CHANGED
         for block in self.blocks:
-            x = block(x, cache, tables)
+            x = block(x, cache, tables)  # CHANGED
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.ln(x)
@@ -257,20 +286,28 @@ class Runner(ModelRunner):
     training_only = ("banks.*.cells", "banks.*.net.*", "banks.*.to_key.*", "banks.*.to_value.*")
 
     def fixed_weights(self, model: nn.Module) -> AbstractContextManager[None]:
-        return computed_once(model, model.effective)  # type: ignore[arg-type]
+        return cache_weights(model, model.effective)  # type: ignore[arg-type]
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Cells get no weight decay; what reads them learns slower by cell_mul."""
         wide = round(self.config.cell_mul * self.config.embed_dim)
-        slow = [p for name, p in model.named_parameters() if name.startswith("banks.") and p.shape[1:] == (wide,)]
+        slow = [
+            p
+            for name, p in model.named_parameters()
+            if name.startswith("banks.") and p.shape[1:] == (wide,)
+        ]
         cells = [p for name, p in model.named_parameters() if name.endswith(".cells")]
         special = {id(p) for p in slow + cells}
         groups = [
-            {**g, "params": [p for p in g["params"] if id(p) not in special]} for g in super().param_groups(model)
+            {**g, "params": [p for p in g["params"] if id(p) not in special]}
+            for g in super().param_groups(model)
         ]
         readers = [p for p in slow if all(p is not cell for cell in cells)]
-        # "embedding", as the scale is made for Adam: Muon, which takes matrices, moves all of them alike
-        groups.append({"params": readers, "role": "embedding", "lr_scale": 1 / self.config.cell_mul})
+        # "embedding", as the scale is made for Adam: Muon, which takes matrices, moves all of them
+        # alike
+        groups.append(
+            {"params": readers, "role": "embedding", "lr_scale": 1 / self.config.cell_mul}
+        )
         groups.append({"params": cells, "role": "vector"})
         return [g for g in groups if g["params"]]
 

@@ -1,22 +1,26 @@
-"""NNMemory with a cheap selector: a small network scores memory cells directly; blocks and memories alternate.
+"""NNMemory with a cheap selector: a small network scores memory cells directly; blocks and memories
+alternate.
 
-The idea: keys are not needed to look a cell up. A two-layer network gives each position its scores over the C
-cells, several heads at a time, and the scores weigh a table of trained values.
+The idea: keys are not needed to look a cell up. A two-layer network gives each position its scores
+over the C cells, several heads at a time, and the scores weigh a table of trained values.
 
-    s = W2 gelu(W1 LN(x))  (M x C)      r_m = Σ_c softmax_c(s_m) table[m, c]      x + proj([r_1, ..., r_M])
+    s = W2 gelu(W1 LN(x))                   (M x C)
+    r_m = Σ_c softmax_c(s_m) table[m, c]
+    x + proj([r_1, ..., r_M])
 
-`select` none leaves the softmax out: the scores weigh the table as they are. `pattern` says which of the
-num_blocks layers are blocks of the baseline (B) and which memories (N): it is repeated, or cut, to num_blocks
-letters; other characters are for the eye (BN-BNN-BNNN). W1 is D x D, a head of the table as wide as the attention's.
-A memory costs D² + D M C + C M h + M h D parameters and the like in FLOPs, where a block costs 12 D²: the run's
-first lines say what that makes beside the baseline. mem_heads and cells are numbers of their own: a memory is half of a
-block at the size of laptop and a fifth of one at the default. Nothing folds.
+`select` none leaves the softmax out: the scores weigh the table as they are. `pattern` says which
+of the num_blocks layers are blocks of the baseline (B) and which memories (N): it is repeated, or
+cut, to num_blocks letters; other characters are for the eye (BN-BNN-BNNN). W1 is D x D, a head of
+the table as wide as the attention's. A memory costs D² + D M C + C M h + M h D parameters and the
+like in FLOPs, where a block costs 12 D²: the run's first lines say what that makes beside the
+baseline. mem_heads and cells are numbers of their own: a memory is half of a block at the size of
+laptop and a fifth of one at the default. Nothing folds.
 
 The claim (to be tested): two of three blocks can be memories at little loss.
-Result so far (2026-11-23, docs/results.md): with two of four blocks memories (BNNB) on the plan laptop better than
-gpt2ish by .198 and .177 nats per token, seeds 0 and 1, with fewer parameters; lmp_trial on the plan sketch, with one
-of two (BN): UNDECIDED, +.06. The claim itself, at a depth of three or more, was not tried.
-Source: https://github.com/jmward01/lmplay (nnmemory 4).
+Result so far (2026-11-23, docs/results.md): with two of four blocks memories (BNNB) on the plan
+laptop better than gpt2ish by .198 and .177 nats per token, seeds 0 and 1, with fewer parameters;
+lmp_trial on the plan sketch, with one of two (BN): UNDECIDED, +.06. The claim itself, at a depth of
+three or more, was not tried. Source: https://github.com/jmward01/lmplay (nnmemory 4).
 """
 
 from __future__ import annotations
@@ -48,15 +52,20 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
-        if "B" not in self.letters or set(self.pattern) - set("BN- "):
-            raise ValueError(f"pattern {self.pattern}: it is made of B and N, with a B among the first num_blocks")
-        if min(self.cells, self.mem_heads) < 1:
+        if "B" not in self.letters or set(self.pattern) - set("BN- "):  # CHANGED
+            raise ValueError(
+                f"pattern {self.pattern}: it is made of B and N, with a B among the first "
+                "num_blocks"
+            )
+        if min(self.cells, self.mem_heads) < 1:  # CHANGED
             raise ValueError("cells and mem_heads must be above 0")
 
-    @property
+    @property  # CHANGED
     def letters(self) -> str:
         """B or N for each of the num_blocks layers."""
         letters = "".join(x for x in self.pattern if x in "BN")
@@ -86,7 +95,9 @@ class Embedding(nn.Embedding):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
         self.query = Linear(c.embed_dim, c.embed_dim)
         self.key = Linear(c.embed_dim, c.embed_dim)
         self.value = Linear(c.embed_dim, c.embed_dim)
@@ -127,26 +138,31 @@ class Block(nn.Module):
         return x + self.ff(self.ln2(x))
 
 
-# CHANGED: from here to GPT
+# CHANGED: to GPT
 class Memory(nn.Module):
     """A layer that stands where a block would: x (B, t, D) -> (B, t, D)."""
 
     def __init__(self, c: Config):
         super().__init__()
-        self.dropout, self.softmax = c.dropout, c.select == "softmax"
+        self.dropout = c.dropout
+        self.softmax = c.select == "softmax"
         head_dim = c.embed_dim // c.num_heads
         self.ln = nn.LayerNorm(c.embed_dim)
         self.fc1 = Linear(c.embed_dim, c.embed_dim)
         self.fc2 = Linear(c.embed_dim, c.mem_heads * c.cells)
         self.table = nn.Parameter(torch.empty(c.mem_heads, c.cells, head_dim))
-        self.proj = Linear(c.mem_heads * head_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
+        self.proj = Linear(
+            c.mem_heads * head_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.table, std=0.02 * math.sqrt(self.fc1.in_features))  # as large as attention's values
+        # as large as attention's values
+        nn.init.normal_(self.table, std=0.02 * math.sqrt(self.fc1.in_features))
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
-        scores = self.fc2(F.gelu(self.fc1(self.ln(x)))).unflatten(-1, self.table.shape[:2])  # (B, t, M, C)
+        # (B, t, M, C)
+        scores = self.fc2(F.gelu(self.fc1(self.ln(x)))).unflatten(-1, self.table.shape[:2])
         if self.softmax:
             scores = scores.softmax(-1)
         r = torch.einsum("btmc,mch->btmh", scores.to(x.dtype), self.table.to(x.dtype))
@@ -160,7 +176,8 @@ class GPT(nn.Module):
         self.tok_embed = Embedding(c.vocab_size, c.embed_dim)
         self.pos_embed = Embedding(c.max_len, c.embed_dim)
         self.blocks = nn.ModuleList(  # CHANGED
-            Block(c, layer) if letter == "B" else Memory(c) for layer, letter in enumerate(c.letters)
+            Block(c, layer) if letter == "B" else Memory(c)
+            for layer, letter in enumerate(c.letters)
         )
         self.ln = nn.LayerNorm(c.embed_dim)
         self.head = Linear(c.embed_dim, c.vocab_size, bias=c.head_bias)

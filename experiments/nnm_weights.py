@@ -1,20 +1,22 @@
-"""NNMemory as weights: a few memory cells hold whole linear layers, and each position mixes its own from them.
+"""NNMemory as weights: a few memory cells hold linear layers, and each position mixes its
+own layer from these.
 
-The idea: a linear layer does the same to every position. Here C cells (10 to 20) hold a weight and a bias each,
-and a position's own layer is their mixture, chosen by attention over the cells.
+The idea: a linear layer does the same to every position. Here C cells (10 to 20) hold a weight and
+a bias each, and a position's own layer is their mixture, chosen by attention over the cells.
 
     p(x) = softmax(W_s x)  (C)          y = Σ_c p_c (W_c x + b_c)
 
-`layers` says which of a block's layers are made so: value and proj, all four of the attention, or the two of the
-feed-forward. All cells of a layer start near each other (one GPT-2 start plus differences a tenth as large: equal
-cells would never part), and W_s at 0, where every cell counts alike.
-The mixture is one matrix product over [p_1 x, ..., p_C x]: C times the layer's FLOPs and parameters, in training
-and in use, so that `--match flops` is the comparison to look at. Nothing folds.
-The source leaves open what "memory that produces weights for the linear layers" mixes by; here by position.
+`layers` says which of a block's layers are made so: value and proj, all four of the attention, or
+the two of the feed-forward. All cells of a layer start near each other (one GPT-2 start plus
+differences a tenth as large: equal cells would never part), and W_s at 0, where every cell counts
+alike. The mixture is one matrix product over [p_1 x, ..., p_C x]: C times the layer's FLOPs and
+parameters, in training and in use, so that `--match flops` is the comparison to look at. Nothing
+folds. The source leaves open what "memory that produces weights for the linear layers" mixes by;
+here by position.
 
 The claim (to be tested): few cells suffice to beat a plain layer.
-Result so far (2026-11-23, docs/results.md): on the plan laptop worse than gpt2ish by .044 and .033 nats per token,
-seeds 0 and 1; lmp_trial on the plan sketch, untuned: UNDECIDED, -.11 (while
+Result so far (2026-11-23, docs/results.md): on the plan laptop worse than gpt2ish by .044 and .033
+nats per token, seeds 0 and 1; lmp_trial on the plan sketch, untuned: UNDECIDED, -.11 (while
 its biases still decayed with the matrices).
 Source: https://github.com/jmward01/lmplay (nnmemory 3).
 """
@@ -42,14 +44,17 @@ class Config:
     dropout: float = 0.1
     head_bias: bool = True
     cells: int = 10  # CHANGED: C
-    layers: Literal["value_proj", "attention", "feed_forward"] = "value_proj"  # CHANGED: what is mixed
+    # CHANGED: what is mixed
+    layers: Literal["value_proj", "attention", "feed_forward"] = "value_proj"
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
-        if self.cells < 2:
+        if self.cells < 2:  # CHANGED
             raise ValueError("cells must be 2 or more")
 
 
@@ -73,7 +78,7 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
-# CHANGED: from here to Attention
+# CHANGED: to Attention
 class MemoryLinear(nn.Module):
     """y = Σ_c p_c(x) (W_c x + b_c). x (B, t, in) -> (B, t, out)."""
 
@@ -82,7 +87,8 @@ class MemoryLinear(nn.Module):
         self.std = std
         self.select = nn.Parameter(torch.empty(cells, in_features))  # W_s
         self.weight = nn.Parameter(torch.empty(out_features, cells, in_features))
-        self.bias = nn.Parameter(torch.empty(cells * out_features))  # flat: as a matrix it would decay
+        # flat: as a matrix it would decay
+        self.bias = nn.Parameter(torch.empty(cells * out_features))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -95,12 +101,14 @@ class MemoryLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         p = F.linear(x, self.select).softmax(-1)  # (B, t, C)
         each = p.to(x.dtype).unsqueeze(-1) * x.unsqueeze(-2)  # (B, t, C, in)
-        return F.linear(each.flatten(-2), self.weight.flatten(1)) + p.to(self.bias.dtype) @ self.bias.view(
-            p.shape[-1], -1
-        )
+        return F.linear(each.flatten(-2), self.weight.flatten(1)) + p.to(
+            self.bias.dtype
+        ) @ self.bias.view(p.shape[-1], -1)
 
 
-def linear(name: str, in_features: int, out_features: int, c: Config, std: float = 0.02) -> nn.Module:
+def linear(
+    name: str, in_features: int, out_features: int, c: Config, std: float = 0.02
+) -> nn.Module:
     """The layer `name` of a block: mixed from memory, or plain."""
     mixed = {
         "value_proj": ("value", "proj"),
@@ -115,7 +123,9 @@ def linear(name: str, in_features: int, out_features: int, c: Config, std: float
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
         # CHANGED: each may come from memory
         self.query = linear("query", c.embed_dim, c.embed_dim, c)
         self.key = linear("key", c.embed_dim, c.embed_dim, c)
@@ -138,7 +148,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.dropout = c.dropout
         self.fc1 = linear("fc1", c.embed_dim, 4 * c.embed_dim, c)  # CHANGED
-        self.fc2 = linear("fc2", 4 * c.embed_dim, c.embed_dim, c, 0.02 / math.sqrt(2 * c.num_blocks))  # CHANGED
+        # CHANGED
+        self.fc2 = linear(
+            "fc2", 4 * c.embed_dim, c.embed_dim, c, 0.02 / math.sqrt(2 * c.num_blocks)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)

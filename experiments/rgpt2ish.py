@@ -1,23 +1,27 @@
-"""Recurrent baseline: gpt2ish that reads a sequence in chunks and carries its state from chunk to chunk.
+"""Recurrent baseline: gpt2ish that reads a sequence in chunks and carries its state from chunk to
+chunk.
 
 The idea: none of its own. It shows how a model with a state is trained here, and what truncated
-back-propagation costs. A sequence of T tokens is cut into `num_chunks` chunks, each a forward pass of its own.
-The state is what attention has stored of the chunks before: keys and values, detached, so that a gradient ends
-at its chunk's border (as in Transformer-XL, Dai et al. 2019, section 3.2, with absolute positions).
+back-propagation costs. A sequence of T tokens is cut into `num_chunks` chunks, each a forward pass
+of its own. The state is what attention has stored of the chunks before: keys and values, detached,
+so that a gradient ends at its chunk's border (as in Transformer-XL, Dai et al. 2019, section 3.2,
+with absolute positions).
 
     state_0 = empty;   hidden_c, state_c = model(chunk_c, stop_gradient(state_{c-1}))
 
-With `carry` the numbers of the forward pass are gpt2ish's on the whole sequence; only the gradient is cut.
-Without it the state is ignored, and it is gpt2ish exactly on sequences of the chunk's length.
+With `carry` the numbers of the forward pass are gpt2ish's on the whole sequence; only the gradient
+is cut. Without it the state is ignored, and it is gpt2ish exactly on sequences of the chunk's
+length.
 
-The state never outlives its sequence: the harness shuffles sequences, the same way for every experiment, so
-what a mini-batch before had read is of another text (and a gradient must not depend on the mini-batch's size).
-Differs from gpt2ish in the Runner alone: no parameter more, about the same FLOPs.
+The state never outlives its sequence: the harness shuffles sequences, the same way for every
+experiment, so what a mini-batch before had read is of another text (and a gradient must not depend
+on the mini-batch's size). Differs from gpt2ish in the Runner alone: no parameter more, about the
+same FLOPs.
 
 The claim (to be tested): little is lost with 4 chunks and carried state.
-Result so far (2026-11-22, docs/results.md): on the plan laptop behind gpt2ish by .044 and .010 nats per token, seeds 0
-and 1, where it was .048 ahead at a third of it; lmp_trial on the plan sketch, untuned: UNDECIDED, a gain of .058.
-Source: https://github.com/jmward01/lmplay (recurrent baseline).
+Result so far (2026-11-22, docs/results.md): on the plan laptop behind gpt2ish by .044 and .010 nats
+per token, seeds 0 and 1, where it was .048 ahead at a third of it; lmp_trial on the plan sketch,
+untuned: UNDECIDED, a gain of .058. Source: https://github.com/jmward01/lmplay (recurrent baseline).
 """
 
 from __future__ import annotations
@@ -30,7 +34,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmplay.api import Batch, KVCache, ModelRunner, StepOut, causal_attention, dropout, linear_cross_entropy
+from lmplay.api import (
+    Batch,
+    KVCache,
+    ModelRunner,
+    StepOut,
+    causal_attention,
+    dropout,
+    linear_cross_entropy,
+)
 
 
 @dataclass(frozen=True)
@@ -48,13 +60,17 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.tied and self.head_bias:
             raise ValueError("tied=true needs head_bias=false")
-        if self.max_len % self.num_chunks:
-            raise ValueError(f"max_len {self.max_len} is not a multiple of num_chunks {self.num_chunks}")
+        if self.max_len % self.num_chunks:  # CHANGED
+            raise ValueError(
+                f"max_len {self.max_len} is not a multiple of num_chunks {self.num_chunks}"
+            )
 
 
 class Linear(nn.Linear):
@@ -77,10 +93,11 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
-# CHANGED: from here to Attention
+# CHANGED: to Attention
 @dataclass
 class State:
-    """Keys and values (B, H, T, h) of each layer; unlike KVCache it may stand in a graph of gradients."""
+    """Keys and values (B, H, T, h) of each layer; unlike KVCache it may stand in a graph of
+    gradients."""
 
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     length: int = 0
@@ -88,7 +105,8 @@ class State:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if layer in self.layers:
             before = self.layers[layer]
-            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
+            k = torch.cat([before[0], k], 2)
+            v = torch.cat([before[1], v], 2)
         self.layers[layer] = (k, v)
         return k, v
 
@@ -96,19 +114,23 @@ class State:
         self.length += t
 
     def detached(self) -> State:
-        return State({i: (k.detach(), v.detach()) for i, (k, v) in self.layers.items()}, self.length)
+        return State(
+            {i: (k.detach(), v.detach()) for i, (k, v) in self.layers.items()}, self.length
+        )
 
 
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
         self.query = Linear(c.embed_dim, c.embed_dim)
         self.key = Linear(c.embed_dim, c.embed_dim)
         self.value = Linear(c.embed_dim, c.embed_dim)
         self.proj = Linear(c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
 
-    def forward(self, x: Tensor, cache: KVCache | State | None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | State | None) -> Tensor:  # CHANGED
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         q = self.query(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, t, h)
         k = self.key(x).unflatten(-1, heads).transpose(1, 2)
@@ -138,7 +160,7 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(c.embed_dim)
         self.ff = FeedForward(c)
 
-    def forward(self, x: Tensor, cache: KVCache | State | None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | State | None) -> Tensor:  # CHANGED
         x = x + self.attn(self.ln1(x), cache)
         return x + self.ff(self.ln2(x))
 
@@ -155,7 +177,7 @@ class GPT(nn.Module):
         if c.tied:
             self.head.weight = self.tok_embed.weight
 
-    def forward(self, ids: Tensor, cache: KVCache | State | None = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: KVCache | State | None = None) -> Tensor:  # CHANGED
         """ids (B, t) -> hidden states (B, t, D); `head` turns them into logits."""
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + ids.shape[1], device=ids.device)
@@ -180,21 +202,24 @@ class Runner(ModelRunner):
 
     def step(self, model: nn.Module, batch: Batch) -> StepOut:
         """The chunks one after another; gradients end at their borders."""
-        state, hidden = State(), []
+        state = State()
+        hidden = []
         for ids in batch.ids.split(self.chunk, 1):
             state = state.detached() if self.config.carry else State()
             hidden.append(model(ids, cache=state))
         return linear_cross_entropy(torch.cat(hidden, 1), model.head, batch.targets)  # type: ignore[arg-type]
 
     def new_cache(self, model: nn.Module, batch_size: int, max_len: int) -> Any:
-        """Decoding needs no gradient, so an ordinary cache: of everything, or of the chunk at hand."""
+        """Decoding needs no gradient, so an ordinary cache: of everything, or of the chunk at
+        hand."""
         return super().new_cache(model, batch_size, max_len if self.config.carry else self.chunk)
 
     def logits(self, model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         if self.config.carry:
             return super().logits(model, ids, cache)
         if cache is None:
-            begin = (ids.shape[1] - 1) // self.chunk * self.chunk  # only the last token's own chunk counts
+            # only the last token's own chunk counts
+            begin = (ids.shape[1] - 1) // self.chunk * self.chunk
             return super().logits(model, ids[:, begin:], None)
         for part in self._at_borders(ids, cache.length):
             if cache.length == self.chunk:
@@ -203,9 +228,12 @@ class Runner(ModelRunner):
         return out, cache
 
     def _at_borders(self, ids: Tensor, held: int) -> tuple[Tensor, ...]:
-        """ids (B, t) cut where a chunk that holds `held` tokens is full, and then at every chunk's length."""
+        """ids (B, t) cut where a chunk that holds `held` tokens is full, and then at every chunk's
+        length."""
         first = min(ids.shape[1], self.chunk - held % self.chunk)
-        return ids[:, :first], *(ids[:, first:].split(self.chunk, 1) if first < ids.shape[1] else ())
+        return ids[:, :first], *(
+            ids[:, first:].split(self.chunk, 1) if first < ids.shape[1] else ()
+        )
 
 
 BASELINE = "gpt2ish"

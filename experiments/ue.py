@@ -1,30 +1,33 @@
-"""Unified Embeddings: a wide table and a small network behind it in training, a plain table afterwards.
+"""Unified Embeddings: a wide table and a small network behind it in training, a plain table
+afterwards.
 
-The idea: a rare token's vector is updated seldom and drags the network back to an older state. A wide front
-table lets every token keep what it stores, while the network behind it, trained at every step, keeps all
-tokens in the language the rest of the model speaks now.
+The idea: a rare token's vector is updated seldom and drags the network back to an older state. A
+wide front table lets every token keep what it stores, while the network behind it, trained at every
+step, keeps all tokens in the language the rest of the model speaks now.
 
     e(v) = W2 gelu(W1 a(E[v]) + b1) + b2       E (V x mD), W1 (kD x mD), W2 (D x kD)
 
-m is `front_embed_mul`, k `mid_mul`, a `front_act`. e depends on the token alone, so `fold` tabulates it into
-a plain (V x D) embedding and inference costs nothing. It is computed for the distinct tokens of a mini-batch
-only, and E's gradient is sparse: the rows of those tokens. Under Adagrad without weight decay a row that is
-not looked up does not change, so the sparse update equals the dense one and is what the harness uses.
+m is `front_embed_mul`, k `mid_mul`, a `front_act`. e depends on the token alone, so `fold`
+tabulates it into a plain (V x D) embedding and inference costs nothing. It is computed for the
+distinct tokens of a mini-batch only, and E's gradient is sparse: the rows of those tokens. Under
+Adagrad without weight decay a row that is not looked up does not change, so the sparse update
+equals the dense one and is what the harness uses.
 
-`--initial-model` fits it to a trained plain embedding (see fit), so that an existing model goes on with UE.
+`--initial-model` fits it to a trained plain embedding (see fit), so that an existing model goes on
+with UE.
 
-E starts normal with deviation 1, where gelu bends; W1 and W2 are scaled so that e starts with deviation
-.02, as the baseline's table does.
+E starts normal with deviation 1, where gelu bends; W1 and W2 are scaled so that e starts with
+deviation .02, as the baseline's table does.
 
-Variants: the width m and the middle k; with value norm; for positions instead of tokens; `ue8x_cpu` keeps the
-front table on the CPU while the rest is on the GPU.
-Training-only parameters: V m D for the table, m k D² + k D² for the network. At 50257 x 768 and m = 8 that
-is 309 M and 5.3 M, beside the baseline's 120.6 M.
+Variants: the width m and the middle k; with value norm; for positions instead of tokens; `ue8x_cpu`
+keeps the front table on the CPU while the rest is on the GPU.
+Training-only parameters: V m D for the table, m k D² + k D² for the network. At 50257 x 768 and m =
+8 that is 309 M and 5.3 M, beside the baseline's 120.6 M.
 
 The claim (to be tested): 6 blocks with UE beat 12 without; wider is better.
-Result so far (2026-11-22, docs/results.md): on the plan laptop worse than gpt2ish by .108 to .148 nats per token,
-seeds 0 to 3; lmp_trial on the plan sketch, at its own best rate: UNDECIDED, +.022 (above 0 is better).
-Source: https://github.com/jmward01/lmplay (unified embeddings 1.0 to 1.4).
+Result so far (2026-11-22, docs/results.md): on the plan laptop worse than gpt2ish by .108 to .148
+nats per token, seeds 0 to 3; lmp_trial on the plan sketch, at its own best rate: UNDECIDED, +.022
+(above 0 is better). Source: https://github.com/jmward01/lmplay (unified embeddings 1.0 to 1.4).
 """
 
 from __future__ import annotations
@@ -60,10 +63,12 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
-        if self.front_embed_mul <= 0 or self.mid_mul <= 0:
+        if self.front_embed_mul <= 0 or self.mid_mul <= 0:  # CHANGED
             raise ValueError("front_embed_mul and mid_mul must be above 0")
 
 
@@ -87,7 +92,7 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
-# CHANGED: from here to Attention
+# CHANGED: to Attention
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
@@ -109,7 +114,8 @@ class FrontTable(nn.Embedding):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if not self.on_cpu:
             return super()._apply(fn, recurse)
-        self.weight.data = self.weight.data.to(fn(self.weight.data[:0]).dtype)  # it may not fit elsewhere at all
+        # it may not fit elsewhere at all
+        self.weight.data = self.weight.data.to(fn(self.weight.data[:0]).dtype)
         return self
 
 
@@ -118,9 +124,11 @@ class UnifiedEmbedding(nn.Module):
 
     def __init__(self, rows: int, c: Config):
         super().__init__()
-        front, mid = round(c.front_embed_mul * c.embed_dim), round(c.mid_mul * c.embed_dim)
+        front = round(c.front_embed_mul * c.embed_dim)
+        mid = round(c.mid_mul * c.embed_dim)
         self.act = ACTIVATIONS[c.front_act]
-        # E[x²] after each activation, for x normal with deviation 1: it keeps the middle at deviation 1.
+        # E[x²] after each activation, for x normal with deviation 1: it keeps the middle at
+        # deviation 1.
         power = {"gelu": 0.425, "relu": 0.5, "elu": 0.645, "identity": 1.0}[c.front_act]
         self.front = FrontTable(rows, front, c.front_on_cpu)
         self.fc1 = Linear(front, mid, std=1 / math.sqrt(front * power))
@@ -143,15 +151,19 @@ class UnifiedEmbedding(nn.Module):
 
         Returns the error's root mean square by the table's deviation.
 
-        The first D columns of the front hold the table, moved so far up that the activations pass it on as it is;
-        W1 and W2 carry it through and b2 moves it back. The other columns keep their random start, and what W1
-        makes of them is subtracted from the first ones, so that they are ready to learn and change nothing yet.
-        (Fitting it by descent, as the source does, is far slower: 300 passes of Adagrad over a random table of
-        4096 x 256 at its rate of 5e-3 left an error of 89 %.)
+        The first D columns of the front hold the table, moved so far up that the activations pass
+        it on as it is; W1 and W2 carry it through and b2 moves it back. The other columns keep
+        their random start, and what W1 makes of them is subtracted from the first ones, so that
+        they are ready to learn and change nothing yet. (Fitting it by descent, as the source does,
+        is far slower: 300 passes of Adagrad over a random table of 4096 x 256 at its rate of 5e-3
+        left an error of 89 %.)
         """
-        dim, size = table.shape[1], table.std()
+        dim = table.shape[1]
+        size = table.std()
         wanted = table / size
-        w1, w2, front = self.fc1.weight, self.fc2.weight, self.front.weight
+        w1 = self.fc1.weight
+        w2 = self.fc2.weight
+        front = self.front.weight
         rest = [
             F.linear(self.act(rows.to(w1.device)), w1[:dim, dim:]).to(front.device)
             for rows in front[:, dim:].split(chunk)
@@ -175,12 +187,14 @@ class UnifiedEmbedding(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
         self.query = Linear(c.embed_dim, c.embed_dim)
         self.key = Linear(c.embed_dim, c.embed_dim)
         self.value = Linear(c.embed_dim, c.embed_dim)
         self.proj = Linear(c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
-        head_dim = c.embed_dim // c.num_heads
+        head_dim = c.embed_dim // c.num_heads  # CHANGED
         self.value_norm = nn.LayerNorm(head_dim) if c.value_norm else nn.Identity()  # CHANGED
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
@@ -222,8 +236,8 @@ class GPT(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.dropout = c.dropout
-        self.tok_embed: nn.Module = Embedding(c.vocab_size, c.embed_dim)
-        self.pos_embed: nn.Module = Embedding(c.max_len, c.embed_dim)
+        self.tok_embed: nn.Module = Embedding(c.vocab_size, c.embed_dim)  # CHANGED
+        self.pos_embed: nn.Module = Embedding(c.max_len, c.embed_dim)  # CHANGED
         if c.unify == "tokens":  # CHANGED
             self.tok_embed = UnifiedEmbedding(c.vocab_size, c)
         else:  # CHANGED
@@ -254,26 +268,39 @@ class Runner(ModelRunner):
     training_only = ("*_embed.front.*", "*_embed.fc1.*", "*_embed.fc2.*")
 
     def new_cache(self, model: nn.Module, batch_size: int, max_len: int) -> KVCache:
-        c, like = self.config, model.get_parameter("head.weight")  # not E, which may be on the CPU
-        return KVCache(c.num_blocks, batch_size, c.num_heads, max_len, c.embed_dim // c.num_heads, like)
+        # not E, which may be on the CPU
+        c = self.config
+        like = model.get_parameter("head.weight")
+        return KVCache(
+            c.num_blocks, batch_size, c.num_heads, max_len, c.embed_dim // c.num_heads, like
+        )
 
-    def adopt(self, model: nn.Module, tensors: dict[str, Tensor], say: Callable[[str], None]) -> set[str]:
+    def warm_start(
+        self, model: nn.Module, tensors: dict[str, Tensor], say: Callable[[str], None]
+    ) -> set[str]:
         """Fit the unified embedding to a trained plain one."""
         used = set()
         for name, module in model.named_children():
             plain = tensors.get(f"{name}.weight")
             if isinstance(module, UnifiedEmbedding) and plain is not None:
-                rows, dim = module.front.num_embeddings, module.fc2.out_features
+                rows = module.front.num_embeddings
+                dim = module.fc2.out_features
                 if min(module.front.embedding_dim, module.fc1.out_features) < dim:
-                    say(f"{name}: UE narrower than the model holds no plain table (front_embed_mul, mid_mul below 1)")
+                    say(
+                        f"{name}: UE narrower than the model holds no plain table "
+                        "(front_embed_mul, mid_mul below 1)"
+                    )
                 elif plain.shape == (rows, dim):
                     say(f"fitting UE to {name}.weight, {rows} x {dim} ...")
                     table = plain.to(module.fc1.weight.device)
                     error = module.fit(table)
                     with torch.autocast(table.device.type, dtype=torch.bfloat16):
-                        rough = (module.table() - table).float().square().mean().sqrt() / table.std()
+                        rough = (
+                            module.table() - table
+                        ).float().square().mean().sqrt() / table.std()
                     say(
-                        f"fitted: remaining error {error:.1e} of the table's deviation ({float(rough):.1e} under --amp)"
+                        f"fitted: remaining error {error:.1e} of the table's deviation "
+                        f"({float(rough):.1e} under --amp)"
                     )
                     used.add(f"{name}.weight")
         return used

@@ -1,37 +1,40 @@
 """Unified weights: every linear layer's weight is modulated by trained vectors, which fold away.
 
-The idea: a step that moves one entry of a weight moves one connection. Vectors over its rows and columns let a
-step move all of a unit's connections together, and vectors predicted by a shared network let it move all
-layers together. In use there is one plain matrix again.
+The idea: a step that moves one entry of a weight moves one connection. Vectors over its rows and
+columns let a step move all of a unit's connections together, and vectors predicted by a shared
+network let it move all layers together. In use there is one plain matrix again.
 
     W' = (W ⊙ (m_out + c1) + a_out) by row, then (· ⊙ (m_in + c2) + a_in) by column;  b' = b + c3
 
 Each of m_out, a_out, m_in, a_in and the bias's shift is off, plain (trained) or predicted:
 
-    predicted = P · gelu(S z + s) + rest        z (exp_mul D) and rest are the layer's own, S (D x exp_mul D),
-                                                s and P belong to one network for each layer, purpose or the model
+    predicted = P · gelu(S z + s) + rest
 
-`depth` counts the GELUs (0: none, 2: another D x D layer). Every m starts at 1 and everything else that is added
-at 0, so that training starts from the baseline's function; with block_norms=false the blocks' LayerNorms go.
-With unify_head the head is modulated as well, its rows by plain vectors only (a prediction for each word of the
-vocabulary would outweigh the model).
+Here z (exp_mul D) and rest belong to the layer. S (D x exp_mul D), s and P belong to one network
+for each layer, for each purpose or for the whole model.
 
-Versions: uw1 plain; uw2 predicted by one network for the model; uw3 by one for each layer; uw4 by one for each
-purpose (query, key, ..., fc2); uw5 the same with depth 2; uw6 by one network without activation, exp_mul 32 (or 64).
-The source also adds a number to a_out and to a_in, which is left out here: a vector of which each entry is trained is
-that number already. The source leaves open: z
-has exp_mul D entries in every layer, also where the input is 4 D wide, and the hidden layer D units, so that networks
-can be shared; what makes a vector learns at a rate that moves the vector as fast as a plain one, and what is added
-to W at .02 of that, the size of W's entries (see param_groups).
-The effective weights are computed once for all mini-batches of an optimizer step.
-Training-only parameters a layer: in + out twice and 3 numbers (uw1); beside that exp_mul D and the network's
-exp_mul D² + 5 matrices of each size. All of it folds away.
+
+`depth` counts the GELUs (0: none, 2: another D x D layer). Every m starts at 1 and everything else
+that is added at 0, so that training starts from the baseline's function; with block_norms=false the
+blocks' LayerNorms go. With unify_head the head is modulated as well, its rows by plain vectors only
+(a prediction for each word of the vocabulary would outweigh the model).
+
+Versions: uw1 plain; uw2 predicted by one network for the model; uw3 by one for each layer; uw4 by
+one for each purpose (query, key, ..., fc2); uw5 the same with depth 2; uw6 by one network without
+activation, exp_mul 32 (or 64). The source also adds a number to a_out and to a_in, which is left
+out here: a vector of which each entry is trained is that number already. The source leaves open: z
+has exp_mul D entries in every layer, also where the input is 4 D wide, and the hidden layer D
+units, so that networks can be shared; what makes a vector learns at a rate that moves the vector as
+fast as a plain one, and what is added to W at .02 of that, the size of W's entries (see
+param_groups). The effective weights are computed once for all mini-batches of an optimizer step.
+Training-only parameters a layer: in + out twice and 3 numbers (uw1); beside that exp_mul D and the
+network's exp_mul D² + 5 matrices of each size. All of it folds away.
 
 The claim (to be tested): faster learning than plain layers; better without the blocks' LayerNorms.
-Result so far (2026-11-22, docs/results.md): uw1 on the plan laptop better than gpt2ish by .083 and .076 nats per
-token, seeds 0 and 1; lmp_trial on the plan sketch: UNDECIDED, -.060 (above 0 is better) at twice the plan's rate, which
-one seed chose and which blows up with others; at the plan's rate that seed gained .057.
-Source: https://github.com/jmward01/lmplay (unified weights 1 to 6).
+Result so far (2026-11-22, docs/results.md): uw1 on the plan laptop better than gpt2ish by .083 and
+.076 nats per token, seeds 0 and 1; lmp_trial on the plan sketch: UNDECIDED, -.060 (above 0 is
+better) at twice the plan's rate, which one seed chose and which blows up with others; at the plan's
+rate that seed gained .057. Source: https://github.com/jmward01/lmplay (unified weights 1 to 6).
 """
 
 from __future__ import annotations
@@ -50,8 +53,8 @@ from lmplay.api import (
     KVCache,
     ModelRunner,
     StepOut,
+    cache_weights,
     causal_attention,
-    computed_once,
     dropout,
     linear_cross_entropy,
 )
@@ -59,7 +62,11 @@ from lmplay.api import (
 # CHANGED: what a modulating vector can be, and where each kind starts
 Vector = Literal["on", "off", "plain", "predicted"]  # on: as Config.vectors says
 STARTS = {"m_out": 1.0, "a_out": 0.0, "m_in": 1.0, "a_in": 0.0, "shift": 0.0}
-RATES = {"a_out": 0.02, "a_in": 0.02}  # of learning: what is added to W moves beside entries of .02, not of 1
+# of learning: what is added to W moves beside entries of .02, not of 1
+RATES = {
+    "a_out": 0.02,
+    "a_in": 0.02,
+}
 
 
 @dataclass(frozen=True)
@@ -71,13 +78,16 @@ class Config:
     vocab_size: int = 50257
     dropout: float = 0.1
     head_bias: bool = True
-    vectors: Literal["plain", "predicted"] = "plain"  # CHANGED: where the modulating vectors come from
+    # CHANGED: where the modulating vectors come from
+    vectors: Literal["plain", "predicted"] = "plain"
     m_out: Vector = "on"  # CHANGED: factors of W's rows
     a_out: Vector = "on"  # CHANGED: what is added to W's rows
     m_in: Vector = "on"  # CHANGED: factors of W's columns
     a_in: Vector = "on"  # CHANGED: what is added to W's columns
-    shift: Vector = "on"  # CHANGED: what is added to the bias; plain it is one number, as the bias is a vector
-    predictor: Literal["layer", "purpose", "model"] = "model"  # CHANGED: which layers share a predicting network
+    # CHANGED: what is added to the bias; plain it is one number, as the bias is a vector
+    shift: Vector = "on"
+    # CHANGED: which layers share a predicting network
+    predictor: Literal["layer", "purpose", "model"] = "model"
     exp_mul: float = 16.0  # CHANGED: size of z in embed_dims
     depth: int = 1  # CHANGED: GELUs in a predicting network
     unify_head: bool = False  # CHANGED: the head too
@@ -85,28 +95,39 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
-        if "predicted" not in {self.how(kind) for kind in STARTS}:
+        if "predicted" not in {self.how(kind) for kind in STARTS}:  # CHANGED
             for name, default in (("predictor", "model"), ("exp_mul", 16.0), ("depth", 1)):
                 if getattr(self, name) != default:
                     raise ValueError(f"{name} is for predicted vectors, and none is")
-        if self.exp_mul <= 0 or not 0 <= self.depth <= 2:
+        if self.exp_mul <= 0 or not 0 <= self.depth <= 2:  # CHANGED
             raise ValueError("exp_mul must be above 0, depth 0, 1 or 2")
 
-    def how(self, kind: str) -> str:
+    def how(self, kind: str) -> str:  # CHANGED
         """off, plain or predicted."""
         own: str = getattr(self, kind)
         return self.vectors if own == "on" else own
 
-    def plain(self) -> Config:
+    def plain(self) -> Config:  # CHANGED
         """The same model without modulation: what is left when training is over."""
         off: Vector = "off"
         return replace(
-            self, vectors="plain", m_out=off, a_out=off, m_in=off, a_in=off, shift=off,
-            predictor="model", exp_mul=16.0, depth=1, unify_head=False,
-        )  # fmt: skip
+            self,
+            vectors="plain",
+            m_out=off,
+            a_out=off,
+            m_in=off,
+            a_in=off,
+            shift=off,
+            predictor="model",
+            exp_mul=16.0,
+            depth=1,
+            unify_head=False,
+        )
 
 
 class Linear(nn.Linear):
@@ -129,25 +150,40 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
-# CHANGED: from here to Attention
+# CHANGED: to Attention
 Weights = dict[str, Tensor]  # the effective weights and biases of the unified layers, by name
 
 
 class UnifiedLinear(Linear):
     """A linear layer whose weight is modulated by vectors; `path` is its name in the model.
 
-    Plain vectors are its own, a factor with a number c that moves it as a whole; predicted ones are given.
+    Plain vectors are its own, a factor with a number c that moves it as a whole; predicted ones are
+    given.
     """
 
     plain: tuple[str, ...] = ()
 
-    def __init__(self, in_features: int, out_features: int, c: Config, path: str, std: float = 0.02, bias: bool = True):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        c: Config,
+        path: str,
+        std: float = 0.02,
+        bias: bool = True,
+    ):
         super().__init__(in_features, out_features, bias, std)
         self.path = path
-        self.sizes = {"m_out": out_features, "a_out": out_features, "m_in": in_features, "a_in": in_features}
+        self.sizes = {
+            "m_out": out_features,
+            "a_out": out_features,
+            "m_in": in_features,
+            "a_in": in_features,
+        }
         if bias:
             self.sizes["shift"] = out_features
-        # The head's rows are as many as the vocabulary: too many to predict, so there they are plain.
+        # The head's rows are as many as the vocabulary: too many to predict, so there they are
+        # plain.
         rows = {"m_out", "a_out", "shift"} if path == "head" else set()
         self.predicted = tuple(k for k in self.sizes if c.how(k) == "predicted" and k not in rows)
         self.plain = tuple(k for k in self.sizes if c.how(k) != "off" and k not in self.predicted)
@@ -176,30 +212,37 @@ class UnifiedLinear(Linear):
                 v[kind] = self.get_parameter(kind)
             else:
                 v[kind] = self.get_parameter(kind) + self.get_parameter(f"c_{kind}")
-        w, b = self.weight, self.bias
+        w = self.weight
+        b = self.bias
         w = w * v["m_out"].unsqueeze(1) if "m_out" in v else w
         w = w + v["a_out"].unsqueeze(1) if "a_out" in v else w
         w = w * v["m_in"] if "m_in" in v else w
         w = w + v["a_in"] if "a_in" in v else w
         if b is None:
             return {f"{self.path}.weight": w}
-        return {f"{self.path}.weight": w, f"{self.path}.bias": b + v["shift"] if "shift" in v else b}
+        return {
+            f"{self.path}.weight": w,
+            f"{self.path}.bias": b + v["shift"] if "shift" in v else b,
+        }
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:  # type: ignore[override]
         return F.linear(x, weights[f"{self.path}.weight"], weights.get(f"{self.path}.bias"))
 
 
 class Predictor(nn.Module):
-    """One network that predicts the vectors of several layers, those of one kind and size in one product.
+    """One network that predicts the vectors of several layers, those of one kind and size in one
+    product.
 
-    z is a row for each layer. For each kind and size there is a matrix, shared by the layers, and for each layer
-    a trained rest, which starts at what the prediction lacks to 1 or 0.
+    z is a row for each layer. For each kind and size there is a matrix, shared by the layers, and
+    for each layer a trained rest, which starts at what the prediction lacks to 1 or 0.
     """
 
     def __init__(self, c: Config, layers: list[UnifiedLinear]):
         super().__init__()
-        self.paths, self.depth = [layer.path for layer in layers], c.depth
-        wide, dim = round(c.exp_mul * c.embed_dim), c.embed_dim
+        self.paths = [layer.path for layer in layers]
+        self.depth = c.depth
+        wide = round(c.exp_mul * c.embed_dim)
+        dim = c.embed_dim
         self.z = nn.Parameter(torch.empty(len(layers), wide))
         self.enter = nn.Parameter(torch.empty(dim, wide))  # S
         self.enter_bias = nn.Parameter(torch.empty(dim))  # s
@@ -208,10 +251,14 @@ class Predictor(nn.Module):
         self.tables: list[tuple[str, str, list[int]]] = []  # parameter, kind, the layers it serves
         for kind in STARTS:
             for size in sorted({layer.sizes[kind] for layer in layers if kind in layer.predicted}):
-                rows = [i for i, x in enumerate(layers) if kind in x.predicted and x.sizes[kind] == size]
+                rows = [
+                    i for i, x in enumerate(layers) if kind in x.predicted and x.sizes[kind] == size
+                ]
                 self.tables.append((f"{kind}_{size}", kind, rows))
                 self.register_parameter(f"{kind}_{size}", nn.Parameter(torch.empty(size, dim)))
-                self.register_parameter(f"{kind}_{size}_rest", nn.Parameter(torch.empty(len(rows), size)))
+                self.register_parameter(
+                    f"{kind}_{size}_rest", nn.Parameter(torch.empty(len(rows), size))
+                )
         self.reset_parameters()
 
     @torch.no_grad()
@@ -247,15 +294,17 @@ class Predictor(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
         path = f"blocks.{layer}.attn"  # CHANGED: unified layers, here and below
-        self.query = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.query")
-        self.key = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.key")
-        self.value = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.value")
-        std = 0.02 / math.sqrt(2 * c.num_blocks)
-        self.proj = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.proj", std)
+        self.query = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.query")  # CHANGED
+        self.key = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.key")  # CHANGED
+        self.value = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.value")  # CHANGED
+        std = 0.02 / math.sqrt(2 * c.num_blocks)  # CHANGED
+        self.proj = UnifiedLinear(c.embed_dim, c.embed_dim, c, f"{path}.proj", std)  # CHANGED
 
-    def forward(self, x: Tensor, cache: KVCache | None, w: Weights) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None, w: Weights) -> Tensor:  # CHANGED
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         q = self.query(x, w).unflatten(-1, heads).transpose(1, 2)  # (B, H, t, h)
         k = self.key(x, w).unflatten(-1, heads).transpose(1, 2)
@@ -267,14 +316,15 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, c: Config, layer: int):
+    def __init__(self, c: Config, layer: int):  # CHANGED
         super().__init__()
         self.dropout = c.dropout
-        path, std = f"blocks.{layer}.ff", 0.02 / math.sqrt(2 * c.num_blocks)
+        path = f"blocks.{layer}.ff"
+        std = 0.02 / math.sqrt(2 * c.num_blocks)
         self.fc1 = UnifiedLinear(c.embed_dim, 4 * c.embed_dim, c, f"{path}.fc1")  # CHANGED
         self.fc2 = UnifiedLinear(4 * c.embed_dim, c.embed_dim, c, f"{path}.fc2", std)  # CHANGED
 
-    def forward(self, x: Tensor, w: Weights) -> Tensor:
+    def forward(self, x: Tensor, w: Weights) -> Tensor:  # CHANGED
         return dropout(self.fc2(F.gelu(self.fc1(x, w)), w), self.dropout, self.training)  # CHANGED
 
 
@@ -284,9 +334,9 @@ class Block(nn.Module):
         self.ln1 = nn.LayerNorm(c.embed_dim) if c.block_norms else nn.Identity()  # CHANGED
         self.attn = Attention(c, layer)
         self.ln2 = nn.LayerNorm(c.embed_dim) if c.block_norms else nn.Identity()  # CHANGED
-        self.ff = FeedForward(c, layer)
+        self.ff = FeedForward(c, layer)  # CHANGED
 
-    def forward(self, x: Tensor, cache: KVCache | None, w: Weights) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None, w: Weights) -> Tensor:  # CHANGED
         x = x + self.attn(self.ln1(x), cache, w)
         return x + self.ff(self.ln2(x), w)
 
@@ -311,10 +361,11 @@ class GPT(nn.Module):
                 key = {"layer": layer.path, "purpose": purpose, "model": ""}[c.predictor]
                 sharing.setdefault(key, []).append(layer)
         self.predictors = nn.ModuleList(Predictor(c, layers) for layers in sharing.values())
-        self.held: Weights | None = None  # what `effective` gave, while no weight changes
+        self.cached: Weights | None = None  # what `effective` gave, while no weight changes
 
-    def effective(self) -> Weights:
-        """Weights and biases of all unified layers, in full precision, under the names of a plain model's."""
+    def effective(self) -> Weights:  # CHANGED
+        """Weights and biases of all unified layers, in full precision, under the names of a plain
+        model's."""
         with torch.autocast(self.ln.weight.device.type, enabled=False):
             predicted: dict[str, dict[str, Tensor]] = {}
             for predictor in self.predictors:
@@ -329,18 +380,18 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + ids.shape[1], device=ids.device)
         x = dropout(self.tok_embed(ids) + self.pos_embed(positions), self.dropout, self.training)
-        w = self.effective() if self.held is None else self.held  # CHANGED
+        w = self.effective() if self.cached is None else self.cached  # CHANGED
         for block in self.blocks:
-            x = block(x, cache, w)
+            x = block(x, cache, w)  # CHANGED
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.ln(x)
 
-    def output(self) -> Output:
+    def output(self) -> Output:  # CHANGED
         """The head that training and decoding use."""
         if not isinstance(self.head, UnifiedLinear):
             return Output(self.head.weight, self.head.bias)
-        w = self.effective() if self.held is None else self.held
+        w = self.effective() if self.cached is None else self.cached
         return Output(w["head.weight"], w.get("head.bias"))
 
 
@@ -351,10 +402,11 @@ class Output(NamedTuple):  # CHANGED
     bias: Tensor | None
 
 
-def regrouped(
+def regrouped(  # CHANGED
     groups: list[dict[str, Any]], model: nn.Module, special: dict[str, tuple[str, float]]
 ) -> list[dict[str, Any]]:
-    """The groups, with the parameters named in `special` in groups of their own: name -> role, lr_scale."""
+    """The groups, with the parameters named in `special` in groups of their own: name -> role,
+    lr_scale."""
     own = dict(model.named_parameters())
     taken = {id(own[name]) for name in special}
     groups = [{**g, "params": [p for p in g["params"] if id(p) not in taken]} for g in groups]
@@ -381,23 +433,29 @@ class Runner(ModelRunner):
         return F.linear(hidden[:, -1], *model.output()), cache  # type: ignore[operator]
 
     def fixed_weights(self, model: nn.Module) -> AbstractContextManager[None]:
-        return computed_once(model, model.effective)  # type: ignore[arg-type]
+        return cache_weights(model, model.effective)  # type: ignore[arg-type]
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Modulating vectors get no weight decay, whatever their shape, and all that makes them rates to measure.
+        """Modulating vectors get no weight decay, whatever their shape, and all that makes them
+        rates to measure.
 
-        Under Adam and Adagrad a step moves an entry by about the rate, so a product by the rate times its fan-in.
-        Divided by that a predicted vector moves as fast as a plain one. It should not move faster: it moves a
-        whole weight.
+        Under Adam and Adagrad a step moves an entry by about the rate, so a product by the rate
+        times its fan-in. Divided by that a predicted vector moves as fast as a plain one. It should
+        not move faster: it moves a whole weight.
         """
         groups = super().param_groups(model)
         special: dict[str, tuple[str, float]] = {}
         for name, p in model.named_parameters():
-            own, kind = name.split(".")[-1], next((k for k in STARTS if k in name.split(".")[-1]), "")
+            own = name.split(".")[-1]
+            kind = next((k for k in STARTS if k in name.split(".")[-1]), "")
             if name.startswith("predictors."):
                 vector = p.ndim == 1 or own == "z" or own.endswith("_rest")
                 # z meets S, whose entries are 1/√fan-in
-                fan_in = 1.0 if p.ndim == 1 or own.endswith("_rest") else p.shape[1] ** (0.5 if own == "z" else 1.0)
+                fan_in = (
+                    1.0
+                    if p.ndim == 1 or own.endswith("_rest")
+                    else p.shape[1] ** (0.5 if own == "z" else 1.0)
+                )
                 special[name] = ("vector" if vector else "embedding", RATES.get(kind, 1.0) / fan_in)
             elif kind:
                 special[name] = ("vector", RATES.get(kind, 1.0))

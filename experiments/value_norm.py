@@ -1,19 +1,20 @@
-"""Value norm: LayerNorm over each head's value vector, so that no value shouts down the attention's ranking.
+"""Value norm: LayerNorm over each head's value vector, so that no value shouts down the attention's
+ranking.
 
-The idea: queries and keys decide how much each position counts; a value that happens to be large overrides
-that decision. Normalising the values (size h, one gain and bias shared by the heads of a block) takes the
-job of keeping them small from the value projection.
+The idea: queries and keys decide how much each position counts; a value that happens to be large
+overrides that decision. Normalising the values (size h, one gain and bias shared by the heads of a
+block) takes the job of keeping them small from the value projection.
 
     v = LN_h(W_v x)      nothing else changes
 
-`norm` names what is normalised: v (the idea), k, qk (QK-norm, Henry et al. 2020 with LayerNorm), kv.
-`where` names the blocks: all, skip_first (embeddings are left alone), first.
+`norm` names what is normalised: v (the idea), k, qk (QK-norm, Henry et al. 2020 with LayerNorm),
+kv. `where` names the blocks: all, skip_first (embeddings are left alone), first.
 Differs from gpt2ish in the lines marked CHANGED; costs h gains and h biases a block for each thing
 that is normalised, and no time that could be measured.
 
 The claim (to be tested): a small gain for nearly no cost; norms on keys or queries hurt.
-Result so far (2026-11-22, docs/results.md): on the plan laptop worse than gpt2ish by .387 to .410 nats per token,
-seeds 0 to 3; lmp_trial on the plan sketch: HARMFUL, -.50 at its own best rate.
+Result so far (2026-11-22, docs/results.md): on the plan laptop worse than gpt2ish by .387 to .410
+nats per token, seeds 0 to 3; lmp_trial on the plan sketch: HARMFUL, -.50 at its own best rate.
 Source: https://github.com/jmward01/lmplay (normv).
 """
 
@@ -45,7 +46,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.tied and self.head_bias:
@@ -75,7 +78,9 @@ class Embedding(nn.Embedding):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.dropout = layer, c.num_heads, c.dropout
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
         self.query = Linear(c.embed_dim, c.embed_dim)
         self.key = Linear(c.embed_dim, c.embed_dim)
         self.value = Linear(c.embed_dim, c.embed_dim)
@@ -93,7 +98,10 @@ class Attention(nn.Module):
         normed = {"q": q, "k": k, "v": v}  # CHANGED
         for name, norm in self.norms.items():  # CHANGED
             normed[name] = norm(normed[name])
-        q, k, v = normed["q"], normed["k"], normed["v"]  # CHANGED
+        # CHANGED
+        q = normed["q"]
+        k = normed["k"]
+        v = normed["v"]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
         out = causal_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)

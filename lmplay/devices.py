@@ -1,4 +1,4 @@
-"""What the hardware can do: device, precision, memory."""
+"""Device, precision and memory of this machine."""
 
 from __future__ import annotations
 
@@ -17,18 +17,28 @@ if TYPE_CHECKING:
 
 
 def tune_memory() -> str:
-    """Make the C library keep and reuse memory, in large pages, instead of returning it between operations.
+    """Make the C library keep and reuse memory, in large pages. Call it before importing torch.
 
-    On Linux every fresh page of a large tensor costs a fault, at a rate of about 1 GB/s where reused
-    memory is written at 10 and more; a training step without this makes gigabytes of them. Call it before
-    torch is imported, which reads its setting then. Returns what was done, for the run's record.
+    On Linux a fresh page costs a page fault: about 1 GB/s, while reused memory is written at 10
+    GB/s and more. A training step without this setting faults gigabytes of pages. torch reads its
+    own setting when it is imported.
+
+    Returns:
+        What was done, for the run's record.
     """
     if not _glibc():
         return "default"
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = ctypes.CDLL(None).mallopt
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
-    done = mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1) and mallopt(m_top_pad, 64 * 2**20)
+    # malloc.h
+    m_trim_threshold = -1
+    m_top_pad = -2
+    m_mmap_max = -4
+    done = (
+        mallopt(m_mmap_max, 0)
+        and mallopt(m_trim_threshold, 2**31 - 1)
+        and mallopt(m_top_pad, 64 * 2**20)
+    )
     return "kept and in large pages" if done else "default"
 
 
@@ -37,9 +47,9 @@ def _glibc() -> bool:
 
 
 def release_memory() -> None:
-    """Give the free memory that :func:`tune_memory` makes the C library keep back to the system, once.
+    """Return free memory to the system once, although :func:`tune_memory` keeps it.
 
-    For after work whose tensors are of other sizes than what follows: they would leave holes that it cannot use.
+    Use it after work with tensors of other sizes, which would leave holes that cannot be reused.
     """
     if _glibc():
         ctypes.CDLL(None).malloc_trim(0)
@@ -47,13 +57,14 @@ def release_memory() -> None:
 
 @dataclass(frozen=True)
 class Precision:
-    """How the forward pass computes. `name` is fp32, bf16 or fp16; `scale` asks for a gradient scaler."""
+    """Precision of the forward pass: fp32, bf16 or fp16."""
 
     name: str
     note: str = ""
 
     @property
     def scale(self) -> bool:
+        """Whether the loss must be scaled to keep small gradients from becoming 0."""
         return self.name == "fp16"
 
     @property
@@ -64,14 +75,18 @@ class Precision:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for auto, cpu, cuda or mps.
+    """Return the device for auto, cpu, cuda or mps.
 
     Raises:
         LmplayError: this machine does not have it.
     """
     import torch
 
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    have = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(n for n in ("cuda", "mps", "cpu") if have[n])
     if not have[name]:
@@ -81,7 +96,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(device: torch.device, amp: bool) -> Precision:
-    """bf16 where the hardware computes it, fp16 on older CUDA cards, else fp32 with a note."""
+    """Return bf16 if the hardware computes it, fp16 on older CUDA cards, else fp32 with a note."""
     import torch
 
     if not amp:
@@ -93,13 +108,18 @@ def pick_precision(device: torch.device, amp: bool) -> Precision:
     if device.type == "mps":
         return Precision("bf16")
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    if native or (platform.machine() in ("arm64", "aarch64") and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if native or (
+        platform.machine() in ("arm64", "aarch64") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
         return Precision("bf16")
-    return Precision("fp32", "--amp: this CPU has no bf16 arithmetic (emulated it is far slower): float32 is used")
+    return Precision(
+        "fp32",
+        "--amp: this CPU has no bf16 arithmetic (emulated it is far slower): float32 is used",
+    )
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory held so far: of the device's allocator on CUDA, else of this process."""
+    """Return the peak memory in MB: of the CUDA allocator, or of this process."""
     import torch
 
     if device.type == "cuda":
@@ -109,7 +129,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def describe_device(device: torch.device) -> str:
-    """What computes, for the run's record."""
+    """Return the device's name for the run's record."""
     import torch
 
     if device.type == "cuda":

@@ -1,7 +1,9 @@
-"""Finding experiments by name, path or entry point, without importing them to list them.
+"""Find experiments by name, path or entry point, and list them without importing them.
 
-A listing reads the source only: the docstring, VARIANTS and what is imported. So it stays fast (torch is
-not loaded) and one broken file is a line in the list, not a crash.
+A listing parses the source only: docstring, VARIANTS, imports. So it is fast (torch is not loaded),
+and a broken file is a line in the list, not a crash.
+
+One module, because the listing and the loading must agree on what a valid file is.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .errors import LmplayError, nearest
+from .errors import LmplayError, did_you_mean
 from .shipped import shipped
 
 if TYPE_CHECKING:
@@ -26,11 +29,12 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "lmplay.experiments"
 REQUIRED = ("Config", "Runner", "BASELINE", "VARIANTS")
+OLD_API_NAMES = ("computed_once",)  # of version 0.2; the source copies in old runs import them
 
 
 @dataclass(frozen=True)
-class Source:
-    """One experiment file as its text says it is; `broken` holds the reason when it cannot be used."""
+class ExperimentFile:
+    """What the text of an experiment file says. `broken` is why it cannot be used, or ""."""
 
     path: Path
     origin: str  # "shipped", "./experiments", a folder or an entry point
@@ -50,7 +54,7 @@ class Source:
 
 
 def _names(tree: ast.Module) -> dict[str, ast.AST]:
-    """What a module defines at its top level, by name."""
+    """Return what a module defines at its top level, by name."""
     found: dict[str, ast.AST] = {}
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
@@ -63,7 +67,7 @@ def _names(tree: ast.Module) -> dict[str, ast.AST]:
 
 
 def _missing_import(tree: ast.Module, api_names: set[str]) -> str:
-    """The first top-level import that cannot work, as a reason; empty when all can."""
+    """Return why a top-level import of the file cannot work; "" if all can."""
     for node in tree.body:
         if isinstance(node, ast.Import):
             wanted = [alias.name for alias in node.names]
@@ -78,69 +82,85 @@ def _missing_import(tree: ast.Module, api_names: set[str]) -> str:
         if isinstance(node, ast.ImportFrom) and node.module == "lmplay.api":
             for alias in node.names:
                 if alias.name not in api_names:
-                    return f"line {node.lineno}: lmplay.api has no {alias.name}{nearest(alias.name, api_names)}"
+                    near = did_you_mean(alias.name, api_names)
+                    return f"line {node.lineno}: lmplay.api has no {alias.name}{near}"
     return ""
 
 
 def _api_names() -> set[str]:
     tree = ast.parse((Path(__file__).parent / "api.py").read_text(encoding="utf-8"))
-    return {name for name in _names(tree) if not name.startswith("_")}
+    exported = ast.literal_eval(_names(tree)["__all__"])
+    return {*exported, *OLD_API_NAMES}
 
 
-def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> Source:
-    """What the file at `path` says about itself; never raises for what is wrong inside it."""
+def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> ExperimentFile:
+    """Parse the file at `path`. Whatever is wrong inside it becomes `broken`."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     except SyntaxError as e:
-        return Source(path, origin, broken=f"line {e.lineno}: {e.msg}")
+        return ExperimentFile(path, origin, broken=f"line {e.lineno}: {e.msg}")
     except (OSError, UnicodeDecodeError) as e:
-        return Source(path, origin, broken=str(e))
+        return ExperimentFile(path, origin, broken=str(e))
     doc = ast.get_docstring(tree) or ""
     names = _names(tree)
     missing = [name for name in REQUIRED if name not in names]
     if missing:
-        return Source(path, origin, doc, broken=f"defines no {' and no '.join(missing)}")
+        return ExperimentFile(path, origin, doc, broken=f"defines no {' and no '.join(missing)}")
     try:
         variants = ast.literal_eval(names["VARIANTS"])
         baseline = ast.literal_eval(names["BASELINE"])
     except (ValueError, TypeError):
-        return Source(path, origin, doc, broken="VARIANTS and BASELINE must be written out, without computing")
+        return ExperimentFile(
+            path, origin, doc, broken="VARIANTS and BASELINE must be written out, without computing"
+        )
     if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
-        return Source(path, origin, doc, broken="VARIANTS must map names to dicts of Config fields")
+        return ExperimentFile(
+            path, origin, doc, broken="VARIANTS must map names to dicts of Config fields"
+        )
     config = names["Config"]
     body = config.body if isinstance(config, ast.ClassDef) else []
-    fields = tuple(n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
+    fields = tuple(
+        n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+    )
     broken = _missing_import(tree, _api_names() if api_names is None else api_names)
     for variant, settings in variants.items():
         for key in settings:
             if isinstance(config, ast.ClassDef) and not config.bases and key not in fields:
-                broken = broken or f"variant {variant}: Config has no {key}{nearest(key, fields)}"
-    return Source(path, origin, doc, variants, str(baseline), fields, broken)
+                broken = (
+                    broken or f"variant {variant}: Config has no {key}{did_you_mean(key, fields)}"
+                )
+    return ExperimentFile(path, origin, doc, variants, str(baseline), fields, broken)
 
 
 def search_folders() -> list[tuple[Path, str]]:
-    """Where experiments are looked for, in order, each with the name a user knows it by.
+    """Return the folders with experiments, in order of precedence, and the name a user knows them
+    by.
 
     Raises:
-        LmplayError: a folder that LMP_EXPERIMENTS names is not there.
+        LmplayError: a folder named in LMP_EXPERIMENTS does not exist.
     """
     folders = [(Path("experiments"), "./experiments")]
-    folders += [(Path(p).expanduser(), p) for p in os.environ.get("LMP_EXPERIMENTS", "").split(os.pathsep) if p]
+    folders += [
+        (Path(p).expanduser(), p)
+        for p in os.environ.get("LMP_EXPERIMENTS", "").split(os.pathsep)
+        if p
+    ]
     for folder, name in folders[1:]:
         if not folder.is_dir():
             raise LmplayError(f"LMP_EXPERIMENTS: there is no folder {name}")
     folders.append((shipped("experiments"), "shipped"))
     seen: set[Path] = set()
     unique = []
-    for folder, origin in reversed(folders):  # the shipped folder keeps its name also when it is ./experiments
+    # the shipped folder keeps its name also when it is ./experiments
+    for folder, origin in reversed(folders):
         if folder.is_dir() and folder.resolve() not in seen:
             seen.add(folder.resolve())
             unique.append((folder.resolve(), origin))
     return unique[::-1]
 
 
-def list_sources() -> list[Source]:
-    """Every experiment file that can be found, the broken ones included."""
+def list_sources() -> list[ExperimentFile]:
+    """Return every experiment file that can be found, the broken ones too."""
     api_names = _api_names()
     found = []
     for folder, origin in search_folders():
@@ -152,22 +172,27 @@ def list_sources() -> list[Source]:
         try:
             spec = importlib.util.find_spec(entry.value)
         except (ImportError, ValueError) as e:
-            found.append(Source(Path(entry.value), origin, broken=f"{entry.value} cannot be found: {e}"))
+            found.append(
+                ExperimentFile(
+                    Path(entry.value), origin, broken=f"{entry.value} cannot be found: {e}"
+                )
+            )
             continue
         path = Path(spec.origin) if spec and spec.origin else Path(entry.value)
         found.append(read_source(path, origin, api_names))
     return found
 
 
-def find(name: str) -> tuple[Source, str]:
-    """The experiment and variant that `name` stands for: a variant's name, a path, or path.py:variant.
+def find(name: str) -> tuple[ExperimentFile, str]:
+    """Return the file and variant for a variant's name, a path, or path.py:variant.
 
     Raises:
-        LmplayError: nothing, or more than one thing, has that name; or what has it is broken.
+        LmplayError: there is none, there are several, or it is broken.
     """
     file, _, variant = name.rpartition(":")
     if not file.endswith(".py"):  # any other colon is the path's own
-        file, variant = name, ""
+        file = name
+        variant = ""
     if file.endswith(".py") or os.sep in file:
         path = Path(file).expanduser()
         if not path.is_file():
@@ -176,7 +201,10 @@ def find(name: str) -> tuple[Source, str]:
         _refuse_broken(source)
         variant = variant or next(iter(source.variants), source.idea)
         if variant not in source.variants:
-            raise LmplayError(f"--exp {name}: {path} has no variant {variant}{nearest(variant, source.variants)}")
+            raise LmplayError(
+                f"--exp {name}: {path} has no variant "
+                f"{variant}{did_you_mean(variant, source.variants)}"
+            )
         return source, variant
     sources = list_sources()
     holders = [s for s in sources if name in s.variants]
@@ -191,30 +219,47 @@ def find(name: str) -> tuple[Source, str]:
             if source.broken and source.idea == name:
                 _refuse_broken(source)
         known = [v for s in sources for v in s.variants]
-        raise LmplayError(f"--exp {name}: there is no such experiment{nearest(name, known)}; --exp list shows all")
+        raise LmplayError(
+            f"--exp {name}: there is no such experiment{did_you_mean(name, known)}; --exp list "
+            "shows all"
+        )
     _refuse_broken(holders[0])
     return holders[0], name if name in holders[0].variants else next(iter(holders[0].variants))
 
 
-def find_baseline(source: Source) -> tuple[Source, str]:
-    """The experiment and variant that an idea is compared with: a variant of its own file, or what the name finds.
+def find_baseline(source: ExperimentFile) -> tuple[ExperimentFile, str]:
+    """Return the file and variant that an idea is compared with.
 
     Raises:
         LmplayError: as :func:`find`.
     """
-    return (source, source.baseline) if source.baseline in source.variants else find(source.baseline)
+    return (
+        (source, source.baseline) if source.baseline in source.variants else find(source.baseline)
+    )
 
 
-def _refuse_broken(source: Source) -> None:
+def default_baseline() -> str:
+    """Return the variant that most experiments name as their baseline.
+
+    Raises:
+        LmplayError: there are no experiments.
+    """
+    named = Counter(s.baseline for s in list_sources() if not s.broken)
+    if not named:
+        raise LmplayError("there are no experiments; lmp_trainer --exp FILE.py takes a path")
+    return named.most_common(1)[0][0]
+
+
+def _refuse_broken(source: ExperimentFile) -> None:
     if source.broken:
         raise LmplayError(f"{source.path}: this experiment cannot be used: {source.broken}")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment that was imported, and the variant of it that was asked for."""
+    """An imported experiment, with the requested variant."""
 
-    source: Source
+    source: ExperimentFile
     variant: str
     module: ModuleType
 
@@ -222,13 +267,15 @@ class Experiment:
     def config_type(self) -> type:
         return self.module.Config
 
-    def config(self, plan_sizes: Mapping[str, Any], overrides: Mapping[str, str]) -> tuple[Any, list[str]]:
-        """The variant's Config: defaults, then the plan's sizes, then the variant, then the overrides.
+    def config(
+        self, plan_sizes: Mapping[str, Any], overrides: Mapping[str, str]
+    ) -> tuple[Any, list[str]]:
+        """Return the variant's Config, and the names of the plan's sizes that it does not have.
 
-        Returns the config, and the plan's size fields that this experiment does not have.
+        Later values win: defaults, the plan's sizes, the variant's settings, the overrides.
 
         Raises:
-            LmplayError: an override names no field, or its value does not fit.
+            LmplayError: an override names no field, or values do not fit together.
         """
         fields = {f.name for f in dataclasses.fields(self.config_type)}
         sizes = {k: v for k, v in plan_sizes.items() if k in fields}
@@ -238,28 +285,42 @@ class Experiment:
             config = self.config_type(**{**sizes, **self.source.variants[self.variant], **parsed})
         except (ValueError, TypeError, ArithmeticError) as e:
             raise LmplayError(f"{self.variant}: these settings do not go together: {e}") from e
-        for key in ("num_blocks", "embed_dim", "num_heads", "num_kv_heads", "max_len", "vocab_size"):
+        for key in (
+            "num_blocks",
+            "embed_dim",
+            "num_heads",
+            "num_kv_heads",
+            "max_len",
+            "vocab_size",
+        ):
             value = getattr(config, key, None)
             if value is not None and value < 1:
                 raise LmplayError(f"{self.variant}: {key} must be 1 or more, not {value}")
-        for key in ("max_len", "vocab_size"):  # they decide which tokens are read, and that is the plan's
+        # they decide which tokens are read, and that is the plan's
+        for key in (
+            "max_len",
+            "vocab_size",
+        ):
             if key in sizes and getattr(config, key) != sizes[key]:
                 raise LmplayError(
-                    f"{self.variant}: {key} is the plan's ({sizes[key]}), not {getattr(config, key)}: "
+                    f"{self.variant}: {key} is the plan's ({sizes[key]}), not "
+                    f"{getattr(config, key)}: "
                     "runs of a plan read the same tokens; copy the plan to change it"
                 )
         return config, without
 
     def parsed(self, overrides: Mapping[str, str]) -> dict[str, Any]:
-        """The overrides' values, of the types that the Config's fields have.
+        """Return the overrides with the types of the Config's fields.
 
         Raises:
-            LmplayError: one names no field, or does not fit.
+            LmplayError: one names no field, or its value does not fit.
         """
         fields = {f.name for f in dataclasses.fields(self.config_type)}
         for key in overrides:
             if key not in fields:
-                raise LmplayError(f"--set {key}: {self.variant} has no such field{nearest(key, fields)}")
+                raise LmplayError(
+                    f"--set {key}: {self.variant} has no such field{did_you_mean(key, fields)}"
+                )
         return {k: _parse(self.config_type, k, v) for k, v in overrides.items()}
 
     def runner(self, config: Any) -> ModelRunner:
@@ -267,7 +328,7 @@ class Experiment:
 
 
 def _parse(config_type: type, key: str, text: str) -> Any:
-    """`text` as the type that the Config's field has."""
+    """Return `text` as the type of the Config's field."""
     from typing import get_type_hints
 
     from pydantic import TypeAdapter, ValidationError
@@ -279,11 +340,11 @@ def _parse(config_type: type, key: str, text: str) -> Any:
         raise LmplayError(f"--set {key}={text}: {e.errors()[0]['msg']}") from e
 
 
-def load(source: Source, variant: str) -> Experiment:
-    """Import the experiment's file under a name of its own.
+def load(source: ExperimentFile, variant: str) -> Experiment:
+    """Import the experiment's file under a unique module name.
 
     Raises:
-        LmplayError: the import fails; the message names the file and line.
+        LmplayError: the import fails; the message names the file.
     """
     _refuse_broken(source)
     name = f"lmplay_experiment_{source.idea}_{abs(hash(str(source.path))):x}"

@@ -1,4 +1,4 @@
-"""Errors that are for people: one line that says what is wrong, where, and what to do."""
+"""Errors for people: one line that says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ from collections.abc import Iterable
 
 
 class LmplayError(Exception):
-    """Something the user can mend. The commands print it as one line and exit with `exit_status`."""
+    """An error that the user can fix. Commands print it as one line and exit with `exit_status`."""
 
     exit_status = 1
 
 
 class BusyError(LmplayError):
-    """Another process holds what was asked for; it may be free later."""
+    """Another process holds the resource. It may be free later."""
 
 
 class NotFiniteError(LmplayError):
-    """A loss or gradient that is not finite; nothing was updated."""
+    """A loss or gradient is not finite. No weight was updated."""
 
     exit_status = 3
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's says, short."""
+    """First line of another library's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the nearest of `known`, or the list of what there is when none is near."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean X?)" for the most similar known name.
+
+    If no name is similar, list all of them. If none is known, return "".
+    """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:

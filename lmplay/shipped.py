@@ -1,4 +1,4 @@
-"""Where the experiments and plans that come with lmplay lie: in the tree, or inside an installed wheel."""
+"""Find the experiments and plans that come with lmplay, in the source tree or in a wheel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def shipped(name: str) -> Path:
-    """The folder `name` ("experiments" or "training_plans") that travels with this installation."""
+    """Return the folder `name` ("experiments" or "training_plans") of this installation."""
     package = Path(__file__).resolve().parent
-    beside = package.parent / name
-    return beside if (package.parent / "setup.py").exists() else package / "shipped" / name
+    in_tree = package.parent / name
+    return in_tree if (package.parent / "setup.py").exists() else package / "shipped" / name

@@ -1,9 +1,11 @@
-"""The conformance suite: what every experiment must pass, ours and a stranger's.
+"""The conformance suite: checks that every experiment must pass, ours and yours.
 
     from lmplay.testing import check_experiment
-    check_experiment("my_idea.py")
+    check_experiment("my_idea.py", print)
 
 Each check is a function of its own, so that a test runner can name the one that failed.
+
+One module, because the checks share the small model and batch that they build.
 """
 
 from __future__ import annotations
@@ -19,20 +21,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, probe
 from .api import IGNORE, Batch, ModelRunner
 from .discover import Experiment, find, load
-from .optimizers import check_groups
+from .model import build_model, parameter_counts, without_gradient
+from .training import checkpoint
+from .training.optimizers import check_groups
 
 TINY: dict[str, Any] = {
-    "num_blocks": 2, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "max_len": 12, "vocab_size": 23,
+    "num_blocks": 2,
+    "embed_dim": 16,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "max_len": 12,
+    "vocab_size": 23,
     "dropout": 0.0,
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One variant at a tiny size, and what the checks need of it again and again."""
+    """One variant at a tiny size, with what the checks need of it."""
 
     experiment: Experiment
     config: Any
@@ -43,11 +51,13 @@ class Subject:
         return self.experiment.runner(self.config)
 
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return probe.build_model(self.runner, seed).to(self.device, dtype)
+        return build_model(self.runner, seed).to(self.device, dtype)
 
     def moved(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The model as if it had trained: weights that start at 0 would hide what they multiply."""
-        model, generator = probe.build_model(self.runner, 0), torch.Generator().manual_seed(2)
+        """Return the model as if it had been trained: weights that start at 0 would hide what they
+        multiply."""
+        model = build_model(self.runner, 0)
+        generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for p in model.parameters():
                 size = p.double().square().mean().sqrt() or 1.0
@@ -64,7 +74,7 @@ class Subject:
 
 
 def tiny(name: str, device: str = "cpu", **settings: Any) -> Subject:
-    """The variant `name` (or path.py:variant) at a tiny size; settings that are no sizes are kept."""
+    """Return the variant `name` (or path.py:variant) at a tiny size, with its other settings."""
     experiment = load(*find(name))
     known = {f.name for f in dataclasses.fields(experiment.config_type)}
     variant = experiment.source.variants[experiment.variant]
@@ -73,8 +83,10 @@ def tiny(name: str, device: str = "cpu", **settings: Any) -> Subject:
     return Subject(experiment, experiment.config_type(**{**sizes, **kept, **settings}), device)
 
 
-def check_experiment(name: str, log: Callable[[str], None] = lambda text: None, device: str = "cpu") -> None:
-    """Run every check on one variant, its models on `device`.
+def check_experiment(
+    name: str, log: Callable[[str], None] = lambda text: None, device: str = "cpu"
+) -> None:
+    """Run every check on one variant, with its models on `device`.
 
     Raises:
         AssertionError: the first check that fails, with what was expected.
@@ -98,11 +110,14 @@ def _gradients(subject: Subject, model: nn.Module, batches: list[Batch]) -> dict
 
 
 def check_step(s: Subject) -> None:
-    """The step's sums are those of the full logits and cross entropy."""
-    model, batch = s.moved(torch.float64), s.batch()
+    """The step's sums equal those of full logits and cross entropy."""
+    model = s.moved(torch.float64)
+    batch = s.batch()
     model.eval()
     out = s.runner.step(model, batch)
-    rows = [s.runner.logits(model, batch.ids[:, : t + 1], None)[0] for t in range(batch.ids.shape[1])]
+    rows = [
+        s.runner.logits(model, batch.ids[:, : t + 1], None)[0] for t in range(batch.ids.shape[1])
+    ]
     logits = torch.stack(rows, 1)
     expected = nn.functional.cross_entropy(
         logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
@@ -114,8 +129,9 @@ def check_step(s: Subject) -> None:
 
 
 def check_causal(s: Subject) -> None:
-    """No position sees a later one."""
-    model, ids = s.moved(torch.float64).eval(), s.batch().ids
+    """No position depends on a later one."""
+    model = s.moved(torch.float64).eval()
+    ids = s.batch().ids
     middle = ids.shape[1] // 2
     changed = ids.clone()
     changed[:, middle:] = (changed[:, middle:] + 1) % s.config.vocab_size
@@ -127,45 +143,52 @@ def check_causal(s: Subject) -> None:
 
 
 def check_every_parameter_learns(s: Subject) -> None:
-    """One of two batches that hold every token gives every parameter a gradient.
+    """One of two batches that contain every token gives every parameter a gradient.
 
-    Two, since what a LayerNorm takes out again has a gradient of rounding alone, which may be 0 once.
+    Two batches, because the gradient of what a LayerNorm removes again is only rounding, and may be
+    0.
     """
     model = s.moved()  # at the start a LayerNorm's gains of 1, say, may cancel a sum exactly
     size = -(-s.config.vocab_size // s.config.max_len) + 1
     ids = (torch.arange(size * s.config.max_len) % s.config.vocab_size).view(size, s.config.max_len)
     ids = ids.to(s.device)
-    idle = probe.without_gradient(s.runner, model, Batch(ids, ids.roll(-1, 1)))
+    idle = without_gradient(s.runner, model, Batch(ids, ids.roll(-1, 1)))
     if idle:
-        again = probe.without_gradient(s.runner, model, Batch(ids.flip(1), ids))
+        again = without_gradient(s.runner, model, Batch(ids.flip(1), ids))
         idle = [name for name in idle if name in again]
     assert not idle, f"no gradient reaches {idle}"
 
 
 def check_accumulation(s: Subject) -> None:
     """Mini-batches of 1 and of 4 give the same gradient."""
-    model, batch = s.moved(torch.float64), s.batch()
+    model = s.moved(torch.float64)
+    batch = s.batch()
     whole = _gradients(s, model, [batch])
     parts = [Batch(batch.ids[i : i + 1], batch.targets[i : i + 1]) for i in range(len(batch.ids))]
     split = _gradients(s, model, parts)
     assert whole.keys() == split.keys()
     for name in whole:
-        torch.testing.assert_close(whole[name], split[name], rtol=1e-8, atol=1e-10, msg=f"gradient of {name}")
+        torch.testing.assert_close(
+            whole[name], split[name], rtol=1e-8, atol=1e-10, msg=f"gradient of {name}"
+        )
 
 
 def check_deterministic(s: Subject) -> None:
-    """The same seed gives the same model and gradient; another seed another model."""
-    first, second = s.model(), s.model()
+    """The same seed gives the same model and gradient, another seed another model."""
+    first = s.model()
+    second = s.model()
     for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b), f"{name} differs between two models of one seed"
     one, two = (_gradients(s, m, [s.batch()]) for m in (first, second))
     assert all(torch.equal(one[n], two[n]) for n in one), "gradients differ between two equal steps"
     other = s.model(seed=1)
-    assert any(not torch.equal(p, q) for p, q in zip(first.parameters(), other.parameters(), strict=True))
+    assert any(
+        not torch.equal(p, q) for p, q in zip(first.parameters(), other.parameters(), strict=True)
+    )
 
 
-def check_initialised_by_name(s: Subject) -> None:
-    """Each module that owns parameters starts them in reset_parameters, from its own name's seed."""
+def check_initialized_by_name(s: Subject) -> None:
+    """Each module with parameters initializes them in reset_parameters."""
     model = s.model()
     for path, module in model.named_modules():
         owns = [n for n, _ in module.named_parameters(recurse=False)]
@@ -174,8 +197,9 @@ def check_initialised_by_name(s: Subject) -> None:
 
 
 def check_cached_decoding(s: Subject) -> None:
-    """Reading token by token, or prompt and then token by token, gives the logits of a full pass."""
-    model, ids = s.moved(torch.float64).eval(), s.batch().ids
+    """Decoding with a cache gives the logits of a full pass, by token and by pieces."""
+    model = s.moved(torch.float64).eval()
+    ids = s.batch().ids
     with torch.no_grad():
         full = [s.runner.logits(model, ids[:, : t + 1], None)[0] for t in range(ids.shape[1])]
         for prompt in (1, ids.shape[1] // 2):
@@ -199,8 +223,10 @@ def check_param_groups(s: Subject) -> None:
 
 
 def check_saves_and_loads(s: Subject) -> None:
-    """Written to a checkpoint and read into another model, the function is the same."""
-    model, other, batch = s.model(), s.model(seed=1), s.batch()
+    """A model that was saved and loaded computes the same."""
+    model = s.model()
+    other = s.model(seed=1)
+    batch = s.batch()
     with tempfile.TemporaryDirectory() as folder:
         path = checkpoint.save(Path(folder), 1, {"model": checkpoint.model_tensors(model)}, {})
         checkpoint.load_model_tensors(other, checkpoint.verify(path).tensors("model"), path)
@@ -209,8 +235,9 @@ def check_saves_and_loads(s: Subject) -> None:
 
 
 def check_fold(s: Subject) -> None:
-    """The folded model computes the same logits, without the parameters that serve training only."""
-    model, ids = s.moved(torch.float64).eval(), s.batch().ids
+    """The folded model computes the same logits without the training-only parameters."""
+    model = s.moved(torch.float64).eval()
+    ids = s.batch().ids
     folded = s.runner.fold(model).eval()
     with torch.no_grad():
         a, b = (s.runner.logits(m, ids, None)[0] for m in (model, folded))
@@ -218,13 +245,16 @@ def check_fold(s: Subject) -> None:
     kept = {n for n, _ in folded.named_parameters()}
     for pattern in s.runner.training_only:
         assert not any(fnmatch(n, pattern) for n in kept), f"{pattern} is still in the folded model"
-    _, extra = probe.parameter_counts(s.runner, model)
-    assert (extra == 0) == (folded is model), "fold and training_only must agree on whether there is anything to fold"
+    _, extra = parameter_counts(s.runner, model)
+    assert (extra == 0) == (folded is model), (
+        "fold and training_only must agree on whether there is anything to fold"
+    )
 
 
 def check_bf16(s: Subject) -> None:
-    """Under bf16 autocast loss and gradients are finite and near those of float32."""
-    model, batch = s.model(), s.batch()
+    """Under bf16 autocast, loss and gradients are finite and close to float32's."""
+    model = s.model()
+    batch = s.batch()
     exact = float(s.runner.step(model, batch).loss_sum.detach())
     with torch.autocast(torch.device(s.device).type, dtype=torch.bfloat16):
         out = s.runner.step(model, batch)
@@ -237,10 +267,33 @@ def check_bf16(s: Subject) -> None:
             assert bool(values.isfinite().all()), f"the gradient of {name} is not finite"
 
 
+def check_fp16(s: Subject) -> None:
+    """Under fp16 autocast with a GradScaler, loss and gradients are finite.
+
+    Not in CHECKS: fp16 is for older CUDA cards.
+    """
+    model = s.model()
+    batch = s.batch()
+    exact = float(s.runner.step(model, batch).loss_sum.detach())
+    kind = torch.device(s.device).type
+    scaler = torch.amp.GradScaler(kind, init_scale=2.0**8)
+    with torch.autocast(kind, dtype=torch.float16):
+        out = s.runner.step(model, batch)
+    assert abs(float(out.loss_sum.detach()) - exact) < 0.05 * abs(exact)
+    scaler.scale(out.loss_sum).backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            values = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+            assert bool(values.isfinite().all()), f"the gradient of {name} is not finite"
+
+
 def check_learns(s: Subject) -> None:
-    """A few steps on one batch, at the rates that the groups ask for, lower its loss."""
-    model, batch = s.model(), s.batch()
-    rates = {id(p): g.get("lr_scale", 1.0) for g in s.runner.param_groups(model) for p in g["params"]}
+    """A few steps on one batch lower its loss."""
+    model = s.model()
+    batch = s.batch()
+    rates = {
+        id(p): g.get("lr_scale", 1.0) for g in s.runner.param_groups(model) for p in g["params"]
+    }
     first = float(s.runner.step(model, batch).loss_sum.detach())
     for _ in range(10):
         grads = _gradients(s, model, [batch])
@@ -252,12 +305,13 @@ def check_learns(s: Subject) -> None:
 
 
 def check_config_fields(s: Subject) -> None:
-    """Every field of the Config changes something: the parameters, or what is computed.
+    """Every field of the Config changes the parameters or the computation.
 
-    A field that goes with certain others only may be refused (ValueError) where it would do nothing, if another
-    variant of the idea accepts it.
+    A Config may refuse a value (ValueError) that would have no effect with its other fields, if
+    another variant of the idea accepts it.
     """
-    variants, reference = s.experiment.source.variants, _signature(s)
+    variants = s.experiment.source.variants
+    reference = _signature(s)
     for field in dataclasses.fields(s.config):
         accepted, changed = _changes(s, field, reference)
         for variant in variants if not accepted else ():
@@ -269,8 +323,11 @@ def check_config_fields(s: Subject) -> None:
         assert changed, f"{field.name} changes nothing"
 
 
-def _changes(s: Subject, field: dataclasses.Field[Any], reference: tuple[Any, ...]) -> tuple[bool, bool]:
-    """Whether another value of the field is accepted, and whether one that is changes the reference."""
+def _changes(
+    s: Subject, field: dataclasses.Field[Any], reference: tuple[Any, ...]
+) -> tuple[bool, bool]:
+    """Return whether another value of the field is accepted, and whether one changes the
+    reference."""
     accepted = False
     for value in _other_values(s, field):
         signature = _signature_or_none(s, field.name, value)
@@ -281,7 +338,7 @@ def _changes(s: Subject, field: dataclasses.Field[Any], reference: tuple[Any, ..
 
 
 def _other_values(s: Subject, field: dataclasses.Field[Any]) -> list[Any]:
-    """Values of a field other than the config's own; for a text, what the idea's variants have."""
+    """Return other values of the field; for a text, those of the idea's variants."""
     value = getattr(s.config, field.name)
     hint = typing.get_type_hints(type(s.config))[field.name]
     if typing.get_origin(hint) is typing.Literal:
@@ -293,17 +350,28 @@ def _other_values(s: Subject, field: dataclasses.Field[Any]) -> list[Any]:
     if isinstance(value, float):
         return [value * 2, value / 2 + 0.25, 0.5]
     if value is None:  # of an optional field; what it stands for, the variants say
-        return [v[field.name] for v in s.experiment.source.variants.values() if v.get(field.name) is not None]
+        return [
+            v[field.name]
+            for v in s.experiment.source.variants.values()
+            if v.get(field.name) is not None
+        ]
     texts = [v[field.name] for v in s.experiment.source.variants.values() if field.name in v]
     return [text for text in (*texts, value[::-1], value[:1]) if text != value]
 
 
 def _signature_or_none(s: Subject, name: str, value: Any) -> Any:
-    # Fields may only go together with others: head_bias has to leave before tied can come.
-    for also in ({}, {"head_bias": False}):
-        known = {k: v for k, v in also.items() if hasattr(s.config, k) and k != name}
+    """Return what the config with this value makes; None if the Config refuses the value.
+
+    A field may need another one to change with it, so each switch is tried as well.
+    """
+    switches = [
+        f.name
+        for f in dataclasses.fields(s.config)
+        if f.name != name and isinstance(getattr(s.config, f.name), bool)
+    ]
+    for also in ({}, *({switch: not getattr(s.config, switch)} for switch in switches)):
         try:
-            config = dataclasses.replace(s.config, **known, **{name: value})
+            config = dataclasses.replace(s.config, **also, **{name: value})
             return _signature(Subject(s.experiment, config, s.device))
         except ValueError:
             continue
@@ -311,27 +379,32 @@ def _signature_or_none(s: Subject, name: str, value: Any) -> Any:
 
 
 def _signature(s: Subject) -> tuple[Any, ...]:
-    """What a config makes: parameter shapes and devices, loss and gradients of one training step."""
+    """Return what a config makes: shapes and devices, loss and gradients of one training step."""
     torch.manual_seed(0)
     model = s.moved().train()
     devices = tuple(m.on_cpu for m in model.modules() if hasattr(m, "on_cpu"))
     shapes = tuple((n, tuple(p.shape)) for n, p in model.named_parameters())
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(min(23, s.config.vocab_size), (4, min(12, s.config.max_len)), generator=generator)
+    ids = torch.randint(
+        min(23, s.config.vocab_size), (4, min(12, s.config.max_len)), generator=generator
+    )
     ids = ids.to(s.device)
     loss = s.runner.step(model, Batch(ids, ids)).loss_sum
     loss.backward()
-    gradients = tuple(float(p.grad.to_dense().abs().sum()) for p in model.parameters() if p.grad is not None)
+    gradients = tuple(
+        float(p.grad.to_dense().abs().sum()) for p in model.parameters() if p.grad is not None
+    )
     return shapes, devices, float(loss.detach()), gradients
 
 
 def check_compiles(s: Subject, backend: str = "inductor") -> None:
-    """torch.compile gives the same loss and gradients, as the trainer uses it: with what weights alone decide held.
+    """torch.compile gives the same loss and gradients, in the way that the trainer uses it.
 
-    Slow, so not in CHECKS: one variant an idea. "aot_eager" traces the same graphs forward and backward, which is what
-    an experiment can break, and spares generating code for them.
+    Slow, and therefore not in CHECKS. "aot_eager" traces the same graphs forward and backward,
+    which is what an experiment can break, and does not generate code for them.
     """
-    model, batch = s.moved(), s.batch()
+    model = s.moved()
+    batch = s.batch()
     expected = _gradients(s, model, [batch])
     loss = float(s.runner.step(model, batch).loss_sum.detach())
     compiled: Any = torch.compile(model, backend=backend)
@@ -344,7 +417,9 @@ def check_compiles(s: Subject, backend: str = "inductor") -> None:
     for name, p in model.named_parameters():
         if p.grad is not None:
             grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
-            torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5, msg=f"gradient of {name}")
+            torch.testing.assert_close(
+                grad, expected[name], rtol=1e-3, atol=1e-5, msg=f"gradient of {name}"
+            )
 
 
 CHECKS: tuple[Callable[[Subject], None], ...] = (
@@ -353,7 +428,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_every_parameter_learns,
     check_accumulation,
     check_deterministic,
-    check_initialised_by_name,
+    check_initialized_by_name,
     check_cached_decoding,
     check_param_groups,
     check_saves_and_loads,

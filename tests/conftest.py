@@ -1,4 +1,5 @@
-"""What the tests share: a cache of prepared data of their own, and the commands as a user runs them."""
+"""What the tests share: a cache of prepared data of their own, and the commands as a user runs
+them."""
 
 from __future__ import annotations
 
@@ -17,9 +18,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lmplay import checkpoint
-from lmplay.compare import read_curve
-from lmplay.stats import CLOCK_COLUMNS
+from lmplay.training import checkpoint
+from lmplay.training.curves import CLOCK_COLUMNS, read_curve
 
 ROOT = Path(__file__).resolve().parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -35,7 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Prepared tokens go to a folder of this session, not to the user's; and no test uses a network."""
+    """Prepared tokens go to a folder of this session, not to the user's; and no test uses a
+    network."""
     os.environ["LMP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -48,16 +49,22 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def run_command(name: str, *args: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run_command(
+    name: str, *args: str, cwd: Path, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
     """One of our commands in a process of its own, its output captured."""
     command = [sys.executable, "-m", f"lmplay.cli.{name.removeprefix('lmp_')}", *args]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def call_command(name: str, *args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which spares importing torch; an error that nobody catches is a traceback."""
+    """The same in this process, which spares importing torch; an error that nobody catches is a
+    traceback."""
     module = importlib.import_module(f"lmplay.cli.{name.removeprefix('lmp_')}")
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = module.main(list(args))
@@ -76,7 +83,21 @@ def command(tmp_path: Path) -> Command:
     return run
 
 
-WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "seven", "wizards", "box")
+WORDS = (
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "seven",
+    "wizards",
+    "box",
+)
 
 
 def write_text(folder: Path, documents: int = 120) -> Path:
@@ -100,7 +121,12 @@ def write_plan(folder: Path, **changes: Any) -> Path:
         "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1},
         "schedule": {"name": "cosine", "warmup": 0.1},
         "batch": {"batch_size": 8, "grad_clip": 1.0},
-        "validation": {"fraction": 0.1, "tokens": 512, "every_tokens": 1024, "sample_prompt": "the "},
+        "validation": {
+            "fraction": 0.1,
+            "tokens": 512,
+            "every_tokens": 1024,
+            "sample_prompt": "the ",
+        },
         "steps": [{"step_name": "words", "datasets": ["words"], "steps": 12}],
     }
     plan.update(changes)
@@ -116,9 +142,12 @@ def assert_equal_to_the_bit(a: Path, b: Path) -> None:
     assert two is not None
     assert one.step == two.step
     for name in ("model", "optimizer", "rng"):
-        x, y = one.tensors(name), two.tensors(name)
+        x = one.tensors(name)
+        y = two.tensors(name)
         assert x.keys() == y.keys()
         assert all(torch.equal(x[k], y[k]) for k in x), name
     for name in ("train.csv", "validate.csv"):
-        x, y = (read_curve(p / name).drop(columns=list(CLOCK_COLUMNS), errors="ignore") for p in (a, b))
+        x, y = (
+            read_curve(p / name).drop(columns=list(CLOCK_COLUMNS), errors="ignore") for p in (a, b)
+        )
         pd.testing.assert_frame_equal(x, y, check_exact=True)

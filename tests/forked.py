@@ -1,7 +1,8 @@
-"""Commands in processes of their own that start warm: each is a fork of one that has imported what all need.
+"""Commands in processes of their own that start warm: each is a fork of one that has imported what
+all need.
 
-Importing torch takes longer than most of what the tests then run. A fork is a process as any other: it has its own
-working folder and output, can be killed, and what it changes is gone with it.
+Importing torch takes longer than most of what the tests then run. A fork is a process as any other:
+it has its own working folder and output, can be killed, and what it changes is gone with it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-PATIENCE = 300  # seconds for a command's end, so that one that hangs ends its test and not the suite
+# seconds for a command's end, so that one that hangs ends its test and not the suite
+PATIENCE = 300
 SERVE = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='serve')"
 
 
@@ -29,7 +31,8 @@ class Forked:
         self._running: int | None = None
 
     def start(self, name: str, *words: str, cwd: Path, output: Path) -> int:
-        """Begin `name words` (name as lmp_trainer); its output goes to the files output.out and output.err. Its pid."""
+        """Begin `name words` (name as lmp_trainer); its output goes to the files output.out and
+        output.err. Its pid."""
         asked = {"name": name, "words": words, "cwd": str(cwd), "output": str(output)}
         self._running = int(self._say(json.dumps(asked)))
         return self._running
@@ -78,9 +81,13 @@ class Forked:
 def forked(cwd: Path, env: Mapping[str, str] = os.environ) -> Iterator[Forked]:
     """The parent of the forks; `env` is theirs."""
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVE, __file__], cwd=cwd, env=dict(env), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", SERVE, __file__],
+        cwd=cwd,
+        env=dict(env),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     commands = Forked(server)
     try:
         yield commands
@@ -91,7 +98,13 @@ def forked(cwd: Path, env: Mapping[str, str] = os.environ) -> Iterator[Forked]:
 
 
 def serve() -> None:
-    for module in ("torch", "pandas", "matplotlib.pyplot", "lmplay.job", "lmplay.generate"):
+    for module in (
+        "torch",
+        "pandas",
+        "matplotlib.pyplot",
+        "lmplay.training.run",
+        "lmplay.decoding",
+    ):
         importlib.import_module(module)
     pid = 0
     for line in map(str.strip, sys.stdin):

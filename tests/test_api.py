@@ -1,4 +1,5 @@
-"""The chunked head and loss, attention with a cache, and dropout, each against a naive reference."""
+"""The chunked head and loss, attention with a cache, and dropout, each against a naive
+reference."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmplay.api import IGNORE, VOCAB_SLICE, KVCache, causal_attention, dropout, linear_cross_entropy
+from lmplay.api import IGNORE, KVCache, causal_attention, dropout, linear_cross_entropy
+from lmplay.ops.cross_entropy import VOCAB_SLICE
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 7, 64])
@@ -23,7 +25,9 @@ def test_linear_cross_entropy_matches_the_naive_form(chunk: int, bias: bool) -> 
     hidden.grad = None
     head.zero_grad()
     logits = head(hidden)
-    naive = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    naive = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
     (3.5 * naive).backward()
     torch.testing.assert_close(out.loss_sum, naive)
     for a, b in zip(got, [hidden.grad, *(p.grad for p in head.parameters())], strict=True):
@@ -36,14 +40,18 @@ def test_linear_cross_entropy_keeps_extreme_logits_finite() -> None:
     head = nn.Linear(2, 4, bias=False)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[900.0, 0], [-900.0, 0], [0, 0], [0, 1]]))
-    out = linear_cross_entropy(torch.tensor([[[1.0, 0.0]]], requires_grad=True), head, torch.tensor([[1]]))
+    out = linear_cross_entropy(
+        torch.tensor([[[1.0, 0.0]]], requires_grad=True), head, torch.tensor([[1]])
+    )
     assert out.loss_sum.item() == pytest.approx(1800)
     out.loss_sum.backward()
     assert bool(head.weight.grad.isfinite().all())
 
 
 def test_linear_cross_entropy_without_gradients_and_twice_backward() -> None:
-    head, hidden, targets = nn.Linear(4, 9), torch.randn(1, 3, 4), torch.randint(9, (1, 3))
+    head = nn.Linear(4, 9)
+    hidden = torch.randn(1, 3, 4)
+    targets = torch.randint(9, (1, 3))
     with torch.no_grad():
         assert not linear_cross_entropy(hidden, head, targets).loss_sum.requires_grad
     out = linear_cross_entropy(hidden, head, targets)
@@ -54,14 +62,18 @@ def test_linear_cross_entropy_without_gradients_and_twice_backward() -> None:
 
 def test_linear_cross_entropy_bf16_is_near_float32() -> None:
     vocab = VOCAB_SLICE + 50  # the head's gradient takes two slices, in four chunks
-    head, hidden, targets = nn.Linear(16, vocab), torch.randn(2, 9, 16), torch.randint(vocab, (2, 9))
+    head = nn.Linear(16, vocab)
+    hidden = torch.randn(2, 9, 16)
+    targets = torch.randint(vocab, (2, 9))
     exact = linear_cross_entropy(hidden, head, targets)
     wanted = torch.autograd.grad(exact.loss_sum, (head.weight, head.bias))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = linear_cross_entropy(hidden, head, targets, chunk=5)
     assert half.loss_sum.dtype == torch.float32
     assert half.loss_sum.item() == pytest.approx(exact.loss_sum.item(), rel=0.02)
-    for made, right in zip(torch.autograd.grad(half.loss_sum, (head.weight, head.bias)), wanted, strict=True):
+    for made, right in zip(
+        torch.autograd.grad(half.loss_sum, (head.weight, head.bias)), wanted, strict=True
+    ):
         assert (made - right).norm() < 0.02 * right.norm()
 
 

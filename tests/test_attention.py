@@ -1,4 +1,5 @@
-"""The CPU's attention in blocks against the naive form, against torch's own, and as an operator of torch."""
+"""The CPU's attention in blocks against the naive form, against torch's own, and as an operator of
+torch."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmplay.api import SHORTEST_IN_BLOCKS, causal_attention
-from lmplay.attention import BLOCK, block_attention
-from lmplay.probe import _flops
+from lmplay.api import causal_attention
+from lmplay.model import _flops
+from lmplay.ops.attention import BLOCK, MIN_BLOCK_LENGTH, block_attention
 
 
 def heads(t: int, dtype: torch.dtype, batch: int = 2) -> list[Tensor]:
@@ -42,8 +43,9 @@ def test_equals_the_naive_form_with_gradients(t: int, batch: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("t", [SHORTEST_IN_BLOCKS, 300, 1500])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # rotary positions, say, leave float32
+@pytest.mark.parametrize("t", [MIN_BLOCK_LENGTH, 300, 1500])
+# rotary positions, say, leave float32
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_autocast_takes_it_and_rounds_little_more_than_torch(t: int, dtype: torch.dtype) -> None:
     tensors = [x.to(torch.bfloat16) for x in heads(t, torch.float64)]
     exact = with_gradients(naive, tensors, torch.float64)
@@ -54,21 +56,28 @@ def test_autocast_takes_it_and_rounds_little_more_than_torch(t: int, dtype: torc
     assert "block_attention" in type(made.grad_fn).__name__
     made.backward(tensors[3])
     ours = [x.double() for x in (made.detach(), q.grad, k.grad, v.grad)]
-    torchs = with_gradients(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), tensors, torch.bfloat16)
+    torchs = with_gradients(
+        lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), tensors, torch.bfloat16
+    )
     for a, b, reference in zip(ours, torchs, exact, strict=True):
         assert (a - reference).norm() < 2.5 * (b - reference).norm()
 
 
 def test_float32_and_short_texts_are_torchs() -> None:
-    for t, dtype in ((SHORTEST_IN_BLOCKS - 1, torch.bfloat16), (SHORTEST_IN_BLOCKS, torch.float32)):
+    for t, dtype in ((MIN_BLOCK_LENGTH - 1, torch.bfloat16), (MIN_BLOCK_LENGTH, torch.float32)):
         q, k, v, _ = heads(t, dtype)
-        assert "block_attention" not in type(causal_attention(q.requires_grad_(), k, v).grad_fn).__name__
+        assert (
+            "block_attention"
+            not in type(causal_attention(q.requires_grad_(), k, v).grad_fn).__name__
+        )
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_is_an_operator_that_torch_can_compile(batch: int) -> None:
     q, k, v, _ = heads(BLOCK + 3, torch.bfloat16, batch)
-    torch.library.opcheck(block_attention, (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()))
+    torch.library.opcheck(
+        block_attention, (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
+    )
 
 
 def test_runs_compiled_under_autocast() -> None:
@@ -85,7 +94,9 @@ def test_counts_as_many_operations_as_torchs() -> None:
     tensors = heads(2 * BLOCK, torch.float32)
     in_blocks = _flops(lambda: with_gradients(block_attention, tensors, torch.bfloat16))
     assert in_blocks == _flops(
-        lambda: with_gradients(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), tensors, torch.float32)
+        lambda: with_gradients(
+            lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), tensors, torch.float32
+        )
     )
     with FlopCounterMode(display=False) as counter:  # forward: two products, backward: five
         with_gradients(naive, tensors, torch.float32)

@@ -10,18 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmplay import checkpoint, files
+from lmplay import files
 from lmplay.errors import LmplayError
+from lmplay.training import checkpoint
 
 
 def save(folder: Path, step: int, value: float = 0.0, keep: int = 2) -> Path:
-    return checkpoint.save(folder, step, {"model": {"w": torch.full((3,), value)}}, {"step": step}, keep)
+    return checkpoint.save(
+        folder, step, {"model": {"w": torch.full((3,), value)}}, {"step": step}, keep
+    )
 
 
 def test_newest_whole_one_is_loaded_and_the_skipped_one_named(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, float(step))
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["000000002", "000000003"], "the newest two are kept"
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["000000002", "000000003"], (
+        "the newest two are kept"
+    )
     said: list[str] = []
     newest = tmp_path / "000000003" / "model.safetensors"
     content = bytearray(newest.read_bytes())

@@ -12,27 +12,43 @@ import pytest
 from conftest import Command
 from scipy import stats
 
-from lmplay import compare, plots
+from lmplay.analysis import compare, figures
 from lmplay.errors import LmplayError
 
 
 def fake_run(
-    root: Path, name: str, plan: str, shift: float, seed: int = 0, points: int = 40, every: int = 1000
+    root: Path,
+    name: str,
+    plan: str,
+    shift: float,
+    seed: int = 0,
+    points: int = 40,
+    every: int = 1000,
 ) -> Path:
     """A finished run whose loss falls like a power of the tokens, `shift` above the curve."""
     folder = root / plan / f"{name}-s{seed}"
     folder.mkdir(parents=True)
     record = {
         "identity": {"plan": f"print-of-{plan}", "variant": name, "seed": seed, "config": {}},
-        "plan_name": plan, "overrides": {}, "summary": {"parameters": 1000, "tokens_per_second": 10.0},
-    }  # fmt: skip
+        "plan_name": plan,
+        "baseline": "gpt2ish",
+        "overrides": {},
+        "summary": {"parameters": 1000, "tokens_per_second": 10.0},
+    }
     (folder / "run.json").write_text(json.dumps(record))
     tokens = np.arange(1, points + 1) * every
     loss = 8 * (np.maximum(tokens, 1) / 1000) ** -0.1 + shift
     frame = pd.DataFrame(
-        {"step": tokens // 100, "tokens": tokens, "flops": tokens * 1e6, "seconds": tokens / 500.0,
-         "loss": loss, "bpb": loss / 2, "accuracy": 0.5 - loss / 20}
-    )  # fmt: skip
+        {
+            "step": tokens // 100,
+            "tokens": tokens,
+            "flops": tokens * 1e6,
+            "seconds": tokens / 500.0,
+            "loss": loss,
+            "bpb": loss / 2,
+            "accuracy": 0.5 - loss / 20,
+        }
+    )
     for kind in ("train", "validate"):
         frame.to_csv(folder / f"{kind}.csv", index=False)
     return folder
@@ -59,7 +75,8 @@ def test_a_run_without_its_pair_is_in_no_difference(command: Command, tmp_path: 
     assert "idea-s2: no run of gpt2ish has its seed; it is in no figure of differences" in said
     table = pd.read_csv(tmp_path / "f" / "final.csv").set_index("run")
     assert table["to"].isna().to_dict() == {n: n == "idea-s2" for n in table.index}
-    one = {c.path: curves[0] for c in curves}  # a single run that all are compared with is no pairing
+    # a single run that all are compared with is no pairing
+    one = {c.path: curves[0] for c in curves}
     assert compare.unpaired(curves, one) == []
 
 
@@ -81,16 +98,26 @@ def test_smoothing_is_causal() -> None:
 
 def test_difference_is_taken_where_both_are() -> None:
     x, delta = compare.difference(
-        (np.array([1.0, 2, 3]), np.array([5.0, 6, 7])), (np.array([2.0, 3, 4]), np.array([1.0, 1, 1]))
+        (np.array([1.0, 2, 3]), np.array([5.0, 6, 7])),
+        (np.array([2.0, 3, 4]), np.array([1.0, 1, 1])),
     )
     assert x.tolist() == [2, 3]
     assert delta.tolist() == [5, 6]
     line = np.array([1.0, 10, 100])
-    x, delta = compare.difference((line, 3 * line), (np.array([0.5, 7, 60]), np.array([0.5, 7, 60])))
+    x, delta = compare.difference(
+        (line, 3 * line), (np.array([0.5, 7, 60]), np.array([0.5, 7, 60]))
+    )
     assert x[0] == 1
     assert x[-1] == pytest.approx(60)
     np.testing.assert_allclose(delta, 2 * x, rtol=1e-9)  # straight lines are interpolated exactly
-    assert len(compare.difference((np.array([1.0]), np.array([1.0])), (np.array([2.0]), np.array([1.0])))[0]) == 0
+    assert (
+        len(
+            compare.difference(
+                (np.array([1.0]), np.array([1.0])), (np.array([2.0]), np.array([1.0]))
+            )[0]
+        )
+        == 0
+    )
 
 
 def test_baseline_is_gpt2ish_or_the_one_named_and_never_another(tmp_path: Path) -> None:
@@ -118,9 +145,13 @@ def test_a_run_is_compared_with_the_baseline_of_its_own_seed(tmp_path: Path) -> 
     curves, _ = compare.collect([tmp_path], "validate", 20)
     baseline = compare.baseline_of(curves, None)
     paired = compare.final_table(curves, compare.partners(curves, baseline, None)).set_index("run")
-    assert paired.loc[["ue-s0", "ue-s1"], "loss_difference"].tolist() == pytest.approx([-0.05, -0.05])
+    assert paired.loc[["ue-s0", "ue-s1"], "loss_difference"].tolist() == pytest.approx(
+        [-0.05, -0.05]
+    )
     assert paired.loc["ue-s2", "to"] == "gpt2ish-s0"
-    fixed = compare.final_table(curves, compare.partners(curves, baseline, "gpt2ish-s0")).set_index("run")
+    fixed = compare.final_table(curves, compare.partners(curves, baseline, "gpt2ish-s0")).set_index(
+        "run"
+    )
     assert fixed.loc["ue-s1", "loss_difference"] == pytest.approx(0.05)
 
 
@@ -131,10 +162,10 @@ def test_a_cut_last_line_is_left_out(tmp_path: Path) -> None:
 
 
 def test_floats_come_back_to_the_bit(tmp_path: Path) -> None:
-    from lmplay.stats import Curve
+    from lmplay.training.curves import CurveFile
 
     values = np.random.default_rng(0).random(300).tolist()
-    curve = Curve(tmp_path / "c.csv", ("tokens", "loss"))
+    curve = CurveFile(tmp_path / "c.csv", ("tokens", "loss"))
     for i, value in enumerate(values):
         curve.append({"tokens": i, "loss": value})
     assert compare.read_curve(curve.path)["loss"].tolist() == values
@@ -143,7 +174,9 @@ def test_floats_come_back_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_ancestors_stats_are_read(tmp_path: Path) -> None:
-    (tmp_path / "old_v1_validate_stats.csv").write_text("iter,accuracy,loss,tokens\n10,0.1,5.5,1000\n20,0.2,5.0,2000\n")
+    (tmp_path / "old_v1_validate_stats.csv").write_text(
+        "iter,accuracy,loss,tokens\n10,0.1,5.5,1000\n20,0.2,5.0,2000\n"
+    )
     (tmp_path / "old_v1_train_stats.csv").write_text("iter,accuracy,loss,tokens\n10,0.1,5.6,1000\n")
     (curve,), _ = compare.collect([tmp_path], "validate", 20)
     assert curve.name == "old_v1"
@@ -151,12 +184,16 @@ def test_ancestors_stats_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("out_type", ["png", "jpg", "svg", "pdf"])
-def test_command_writes_figures_table_and_csv(command: Command, tmp_path: Path, out_type: str) -> None:
+def test_command_writes_figures_table_and_csv(
+    command: Command, tmp_path: Path, out_type: str
+) -> None:
     fake_run(tmp_path / "gpt_out", "gpt2ish", "laptop", 0.0)
     fake_run(tmp_path / "gpt_out", "ue", "laptop", -0.125)
     done = command("lmp_plotstats", "--out", "figures", "--out-type", out_type)
     assert done.returncode == 0, done.stderr
-    expected = {f"log_{d}{m}.{out_type}" for d in ("", "diff_") for m in ("loss", "accuracy", "bpb")}
+    expected = {
+        f"log_{d}{m}.{out_type}" for d in ("", "diff_") for m in ("loss", "accuracy", "bpb")
+    }
     assert {p.name for p in (tmp_path / "figures").iterdir()} == expected | {"final.csv"}
     assert all(p.stat().st_size > 1000 for p in (tmp_path / "figures").glob("log_*"))
     table = pd.read_csv(tmp_path / "figures" / "final.csv").set_index("run")
@@ -172,7 +209,17 @@ def test_runs_of_different_plans_are_kept_apart(command: Command, tmp_path: Path
     fake_run(tmp_path / "gpt_out", "ue", "laptop", 0.1)
     fake_run(tmp_path / "gpt_out", "ue", "smoke", 0.0)
     fake_run(tmp_path / "gpt_out", "begun", "smoke", 0.0, points=1, every=0)
-    done = command("lmp_plotstats", "--out", "f", "--x", "flops", "--plot-train", "--plot-raw", "--theme", "dark")
+    done = command(
+        "lmp_plotstats",
+        "--out",
+        "f",
+        "--x",
+        "flops",
+        "--plot-train",
+        "--plot-raw",
+        "--theme",
+        "dark",
+    )
     assert done.returncode == 0, done.stderr
     assert "cannot be compared" in done.stdout
     assert (tmp_path / "f" / "laptop" / "log_diff_loss.png").exists()
@@ -193,27 +240,76 @@ def test_max_files_keeps_the_newest_and_says_so(command: Command, tmp_path: Path
     assert "no such run" in one.stderr
 
 
-def test_every_curve_has_a_look_of_its_own(tmp_path: Path) -> None:
-    for i in range(9):
+def comparison_of(folder: Path) -> compare.Comparison:
+    curves, _ = compare.collect([folder], "validate", 200)
+    (comparison,) = compare.compare_runs(curves)
+    return comparison
+
+
+def content_of(folder: Path, diff: bool) -> figures.Content:
+    comparison = comparison_of(folder)
+    style = figures.Style()
+    groups = figures._groups(comparison, "loss", style, diff)
+    null = figures._null(comparison, "loss", style) if diff else None
+    return figures.Content(comparison, "loss", style, diff, groups, null)
+
+
+def test_every_curve_has_its_own_color(tmp_path: Path) -> None:
+    for i in range(figures.MAX_CURVES):
         fake_run(tmp_path, f"v{i}", "p", 0.0)
     fake_run(tmp_path, "v0", "p", 0.0, seed=1)
-    curves, _ = compare.collect([tmp_path], "validate", 20)
-    looks = plots.looks_of(curves, None)
-    assert len(set(looks.values())) == len(looks) == 9, "a look a family: seeds share theirs"
-    assert plots.looks_of(curves, curves[3])[curves[3].family] == (plots.GREY, "-")
+    fake_run(tmp_path, "gpt2ish", "p", 0.0)
+    content = content_of(tmp_path, diff=False)
+    looks = figures.looks_of(content.groups, content.comparison.baseline)
+    colors = [color for color, _ in looks.values()]
+    assert len(set(colors)) == len(colors) == figures.MAX_CURVES + 1, "seeds share theirs"
+    assert looks["gpt2ish"][0] == figures.GREY
 
 
 @pytest.mark.parametrize(("settings", "bands"), [(6, 6), (7, 0)])
-def test_many_bands_would_hide_the_curves_and_are_left_out(tmp_path: Path, settings: int, bands: int) -> None:
+def test_many_bands_would_hide_the_curves_and_are_left_out(
+    tmp_path: Path, settings: int, bands: int
+) -> None:
     for i in range(settings):
         for seed in (0, 1):
             fake_run(tmp_path, f"v{i}", "p", 0.1 * i + 0.01 * seed, seed)
-    curves, _ = compare.collect([tmp_path], "validate", 20)
-    assert plots.draw(tmp_path / "loss.svg", curves, "loss", plots.Style(), None, None)
-    svg = (tmp_path / "loss.svg").read_text()  # it names each artist and, in comments, each text
+    path = tmp_path / "loss.svg"
+    assert figures.draw(path, comparison_of(tmp_path), "loss", figures.Style(), diff=False)
+    svg = path.read_text()  # it names each artist and, in comments, each text
     assert svg.count('id="FillBetweenPolyCollection') == bands
-    assert ("bands of 95 %" in svg) == (bands > 0)
-    assert ("without bands: more than 6 settings" in svg) == (bands == 0)
+    assert ("95 % interval of the mean" in svg) == (bands > 0)
+    assert ("no bands for more than 6 settings" in svg) == (bands == 0)
+
+
+@pytest.mark.parametrize("form", ["auto", "curves", "dots"])
+@pytest.mark.parametrize("settings", [1, 8, 9])
+def test_many_settings_are_drawn_as_dots(tmp_path: Path, settings: int, form: str) -> None:
+    for i in range(settings):
+        fake_run(tmp_path, f"v{i}", "p", 0.1 * i)
+    fake_run(tmp_path, "gpt2ish", "p", 0.2)
+    path = tmp_path / "diff.svg"
+    style = figures.Style(form=form)
+    assert figures.draw(path, comparison_of(tmp_path), "loss", style, diff=True)
+    svg = path.read_text()
+    dots = form == "dots" or (form == "auto" and settings > figures.MAX_CURVES)
+    assert ("at the end (lower is better)" in svg) == dots, "the dots' axis label"
+    assert ("training tokens" in svg) == (not dots), "the curves' axis label"
+
+
+def test_titles_answer_a_question(tmp_path: Path) -> None:
+    fake_run(tmp_path, "gpt2ish", "laptop", 0.0)
+    fake_run(tmp_path, "ue", "laptop", 0.11)
+    title = figures.title(content_of(tmp_path, diff=True))
+    assert title == "ue vs gpt2ish on laptop: +0.11 nats, 1 seed, no claim"
+    for seed in (1, 2):
+        fake_run(tmp_path, "gpt2ish", "laptop", 0.01 * seed, seed)
+        fake_run(tmp_path, "ue", "laptop", 0.11 + 0.012 * seed, seed)
+    title = figures.title(content_of(tmp_path, diff=True))
+    assert title.startswith("ue vs gpt2ish on laptop: +0.112 nats, 3 seeds, ± ")
+    fake_run(tmp_path, "idea", "laptop", -0.2)
+    title = figures.title(content_of(tmp_path, diff=True))
+    assert title == "Best of 2 vs gpt2ish on laptop: idea, -0.2 nats, 1 seed, no claim"
+    assert figures.title(content_of(tmp_path, diff=False)).startswith("idea ends best of 3")
 
 
 def test_bands_are_students_and_one_seed_has_none() -> None:
@@ -224,7 +320,9 @@ def test_bands_are_students_and_one_seed_has_none() -> None:
     assert found is not None
     for i in range(5):
         low, high = stats.t.interval(0.95, 3, loc=ys[:, i].mean(), scale=stats.sem(ys[:, i]))
-        assert (found.mean[i] - found.half[i], found.mean[i] + found.half[i]) == pytest.approx((low, high))
+        assert (found.mean[i] - found.half[i], found.mean[i] + found.half[i]) == pytest.approx(
+            (low, high)
+        )
     assert compare.band([(x, ys[0])]) is None
     assert compare.band([(x, ys[0]), (x + 4.5, ys[1])]) is None, "they do not overlap"
     begun = compare.band([*((x, y) for y in ys), (x[:2], ys[0, :2])])
@@ -244,11 +342,14 @@ def test_the_null_band_holds_95_percent_of_the_differences_of_two_seeds() -> Non
 
 def test_runs_of_edited_code_are_no_seeds_of_each_other(tmp_path: Path) -> None:
     for seed, code in ((0, "aaaaaaaa"), (1, "aaaaaaaa"), (2, "bbbbbbbb")):
-        record = json.loads((fake_run(tmp_path, "ue", "p", 0.0, seed=seed) / "run.json").read_text())
+        record = json.loads(
+            (fake_run(tmp_path, "ue", "p", 0.0, seed=seed) / "run.json").read_text()
+        )
         record["identity"]["experiment"] = code
         (tmp_path / "p" / f"ue-s{seed}" / "run.json").write_text(json.dumps(record))
     curves, _ = compare.collect([tmp_path], "validate", 20)
     found = compare.families(curves)
     assert {name: sorted(str(c.seed) for c in seeds) for name, seeds in found.items()} == {
-        "ue (aaaaaa)": ["0", "1"], "ue (bbbbbb)": ["2"],
-    }  # fmt: skip
+        "ue (aaaaaa)": ["0", "1"],
+        "ue (bbbbbb)": ["2"],
+    }

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from conftest import write_plan, write_text
 
-from lmplay.data import packing, shards, sources
+from lmplay.data import packing, sources, token_files
+from lmplay.data.prepare import prepare
+from lmplay.data.sources import Columns, FilesSource
+from lmplay.data.tokenizers import Bytes
 from lmplay.errors import LmplayError
-from lmplay.plan import Columns, FilesSource, Plan, Step, load_plan, parse_plan
-from lmplay.tokenizers import Bytes
+from lmplay.plan import Plan, PlanStage, load_plan, parse_plan
 
 
 def quiet(what: str, done: int) -> None:
@@ -37,15 +39,17 @@ def test_permute_leaves_no_order_behind() -> None:
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.06
 
 
-def tokens(name: str, n: int, mask: np.ndarray | None = None) -> shards.Tokens:
-    return shards.Tokens(name, np.arange(n, dtype=np.uint32), np.arange(50, dtype=np.uint32), mask, None, name)
+def tokens(name: str, n: int, mask: np.ndarray | None = None) -> token_files.Tokens:
+    return token_files.Tokens(
+        name, np.arange(n, dtype=np.uint32), np.arange(50, dtype=np.uint32), mask, None, name
+    )
 
 
 def mixture(*sizes: int, **step: Any) -> packing.Mixture:
     """Data sets of so many sequences of 4 tokens."""
     names = [f"d{i}" for i in range(len(sizes))]
     sets = [tokens(name, 4 * size + 1) for name, size in zip(names, sizes, strict=True)]
-    return packing.Mixture(Step(step_name="s", datasets=names, **step), 0, sets, 4, seed=3)
+    return packing.Mixture(PlanStage(step_name="s", datasets=names, **step), 0, sets, 4, seed=3)
 
 
 def test_an_epoch_reads_every_sequence_once_and_the_next_in_another_order() -> None:
@@ -65,7 +69,9 @@ def test_targets_are_the_next_tokens_and_inputs_never_overlap() -> None:
     assert sorted(batch.ids.flatten()) == list(range(40))
 
 
-@pytest.mark.parametrize(("interleave", "sequences"), [("first_exhausted", 8), ("all_exhausted", 24)])
+@pytest.mark.parametrize(
+    ("interleave", "sequences"), [("first_exhausted", 8), ("all_exhausted", 24)]
+)
 def test_equal_turns(interleave: str, sequences: int) -> None:
     m = mixture(4, 12, interleave=interleave)
     assert m.sequences == sequences
@@ -83,7 +89,9 @@ def test_weights_and_concatenation() -> None:
     assert max(np.diff(np.flatnonzero(which == 0))) <= 5, "turns are spread evenly"
     m = mixture(3, 5, interleave="concatenate")
     which, index = m.locate(np.arange(8))
-    assert sorted(zip(which, index, strict=True)) == [(0, i) for i in range(3)] + [(1, i) for i in range(5)]
+    assert sorted(zip(which, index, strict=True)) == [(0, i) for i in range(3)] + [
+        (1, i) for i in range(5)
+    ]
 
 
 def test_order_is_independent_of_batch_size_and_processes() -> None:
@@ -98,10 +106,10 @@ def test_order_is_independent_of_batch_size_and_processes() -> None:
 def test_masked_and_missing_targets_are_not_counted() -> None:
     mask = np.ones(9, np.uint8)
     mask[2:4] = 0
-    ids, targets = packing.cut(np.arange(9), mask, 0, 4)
+    ids, targets = packing.window(np.arange(9), mask, 0, 4)
     assert list(ids) == [0, 1, 2, 3]
     assert list(targets) == [1, packing.IGNORE, packing.IGNORE, 4]
-    ids, targets = packing.cut(np.arange(7), None, 1, 4)
+    ids, targets = packing.window(np.arange(7), None, 1, 4)
     assert list(targets) == [5, 6, packing.IGNORE, packing.IGNORE]
 
 
@@ -109,10 +117,13 @@ def test_a_document_is_on_one_side_only_and_nothing_is_lost(tmp_path: Path) -> N
     lines = [json.dumps({"text": f"document {i % 300}"}) for i in range(600)]  # each twice
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     plan = load_plan(write_plan_of(tmp_path, "data.jsonl"))
-    prepared = shards.prepare(plan, quiet)
+    prepared = prepare(plan, quiet)
     t = prepared.tokens["d"]
     eot = prepared.tokenizer.eot
-    sides = [np.split(np.asarray(s), np.flatnonzero(np.asarray(s) == eot) + 1)[:-1] for s in (t.train, t.val)]
+    sides = [
+        np.split(np.asarray(s), np.flatnonzero(np.asarray(s) == eot) + 1)[:-1]
+        for s in (t.train, t.val)
+    ]
     train, val = ({tuple(d) for d in side} for side in sides)
     assert not train & val
     assert len(train | val) == 300
@@ -145,16 +156,19 @@ def test_formats_give_the_same_documents(tmp_path: Path) -> None:
     found = {}
     for file in ("a.parquet", "a.jsonl", "saved", "a.txt"):
         plan = load_plan(write_plan_of(tmp_path, file))
-        source = sources.open_source("d", plan.datasets["d"])  # type: ignore[arg-type]
+        source = plan.datasets["d"]
         found[file] = [d[0][0].strip() for d in source.documents()]
     assert all(documents == texts for documents in found.values()), found
 
 
 def test_columns_make_pieces_that_count_or_do_not() -> None:
     row = {
-        "q": "What?", "a": "That.", "text": "body", "title": "head",
+        "q": "What?",
+        "a": "That.",
+        "text": "body",
+        "title": "head",
         "m": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}],
-    }  # fmt: skip
+    }
     of = sources.document_of
     assert of(row, Columns(text="text", title="title")) == [("head\n\nbody", True)]
     assert of(row, Columns(prompt="q", truth="a")) == [("What?\n\n", False), ("That.", True)]
@@ -170,7 +184,7 @@ def test_a_chat_of_another_form_is_named(tmp_path: Path) -> None:
     (tmp_path / "chat.jsonl").write_text(row)
     plan = load_plan(write_plan_of(tmp_path, "chat.jsonl", columns={"messages": "talk"}))
     with pytest.raises(LmplayError, match="column talk is no chat, which is a list of"):
-        shards.prepare(plan, quiet)
+        prepare(plan, quiet)
 
 
 def test_a_glob_reaches_into_folders(tmp_path: Path) -> None:
@@ -178,25 +192,31 @@ def test_a_glob_reaches_into_folders(tmp_path: Path) -> None:
     for name in ("a/b/x.jsonl", "y.jsonl", "a/z.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps({"text": name}))
-    found = sources.Files("d", FilesSource(path=str(folder / "**" / "*.jsonl"), columns=Columns(text="text")))
-    assert [p.name for p in found.files] == ["x.jsonl", "y.jsonl"]
+    found = FilesSource(path=str(folder / "**" / "*.jsonl"), columns=Columns(text="text"))
+    assert [p.name for p in found._files()] == ["x.jsonl", "y.jsonl"]
     with pytest.raises(LmplayError, match="there are no files"):
-        sources.Files("d", FilesSource(path=str(folder / "nowhere" / "*.jsonl"), columns=Columns(text="text")))
+        _ = FilesSource(path=str(folder / "nowhere" / "*.jsonl")).fingerprint
 
 
-def test_the_faster_of_two_preparations_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_of_two_preparations_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_text(tmp_path)
     plan = load_plan(write_plan(tmp_path))
-    first = shards.prepare(plan, quiet)
+    first = prepare(plan, quiet)
     path = Path(first.tokens["words"].train.filename)  # type: ignore[attr-defined]
-    inode, looked, real = path.stat().st_ino, [], shards._open
+    inode = path.stat().st_ino
+    looked = []
+    real = token_files._open
 
     def blind_at_first(name: str, folder: Path) -> Any:
         looked.append(folder)
         return None if len(looked) == 1 else real(name, folder)
 
-    monkeypatch.setattr(shards, "_open", blind_at_first)  # as if the other one finished in between
-    shards.prepare(plan, quiet)
+    monkeypatch.setattr(
+        token_files, "_open", blind_at_first
+    )  # as if the other one finished in between
+    prepare(plan, quiet)
     assert path.stat().st_ino == inode
 
 
@@ -204,7 +224,7 @@ def test_prompts_are_left_out_of_the_loss(tmp_path: Path) -> None:
     rows = [json.dumps({"q": f"question {i}", "a": f"answer {i}"}) for i in range(60)]
     (tmp_path / "qa.jsonl").write_text("\n".join(rows))
     plan = load_plan(write_plan_of(tmp_path, "qa.jsonl", columns={"prompt": "q", "truth": "a"}))
-    prepared = shards.prepare(plan, quiet)
+    prepared = prepare(plan, quiet)
     t = prepared.tokens["d"]
     assert t.train_mask is not None
     counted = Bytes().decode(np.asarray(t.train)[np.asarray(t.train_mask) == 1])
@@ -216,14 +236,14 @@ def test_prepared_tokens_are_found_again_and_made_again_when_damaged(tmp_path: P
     write_text(tmp_path)
     plan = load_plan(write_plan(tmp_path))
     calls: list[str] = []
-    first = shards.prepare(plan, lambda what, done: calls.append(what))
+    first = prepare(plan, lambda what, done: calls.append(what))
     assert calls
     calls.clear()
-    assert shards.prepare(plan, lambda what, done: calls.append(what)).fingerprint == first.fingerprint
+    assert prepare(plan, lambda what, done: calls.append(what)).fingerprint == first.fingerprint
     assert not calls
     path = Path(first.tokens["words"].train.filename)  # type: ignore[attr-defined]
     path.write_bytes(path.read_bytes()[:-10])
-    assert shards.prepare(plan, lambda what, done: calls.append(what)).fingerprint == first.fingerprint
+    assert prepare(plan, lambda what, done: calls.append(what)).fingerprint == first.fingerprint
     assert calls, "a file that was cut short is prepared again"
 
 
@@ -234,11 +254,11 @@ def test_interrupted_preparation_leaves_nothing_that_looks_finished(tmp_path: Pa
         if what.startswith("tokenizing"):
             raise KeyboardInterrupt
 
-    before = set((shards.cache_folder() / "tokens").glob("*"))
+    before = set((token_files.cache_folder() / "tokens").glob("*"))
     with pytest.raises(KeyboardInterrupt):
-        shards.prepare(plan, interrupt)
-    assert set((shards.cache_folder() / "tokens").glob("*")) == before
-    assert not list((shards.cache_folder() / "tokens").glob(".*"))
+        prepare(plan, interrupt)
+    assert set((token_files.cache_folder() / "tokens").glob("*")) == before
+    assert not list((token_files.cache_folder() / "tokens").glob(".*"))
 
 
 def bins(folder: Path, train: np.ndarray, **spec: Any) -> Plan:
@@ -256,34 +276,42 @@ def bins(folder: Path, train: np.ndarray, **spec: Any) -> Plan:
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_bins_are_read_in_place(tmp_path: Path, dtype: str) -> None:
     plan = bins(tmp_path / "b", np.arange(200, dtype=dtype), dtype=dtype)
-    prepared = shards.prepare(plan, quiet)
+    prepared = prepare(plan, quiet)
     assert np.array_equal(prepared.tokens["b"].train, np.arange(200))
 
 
 def test_bins_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LmplayError, match="vocabulary does not match"):
-        shards.prepare(bins(tmp_path / "b", np.array([1, 2, 999], dtype=np.uint16)), quiet)
+        prepare(bins(tmp_path / "b", np.array([1, 2, 999], dtype=np.uint16)), quiet)
 
 
 def test_missing_data_says_what_to_do(tmp_path: Path) -> None:
-    def prepare(spec: dict[str, Any]) -> None:
-        raw = {"tokenizer": {"kind": "bytes"}, "datasets": {"d": spec}, "steps": [{"datasets": ["d"]}]}
-        shards.prepare(parse_plan(raw, "test"), quiet)
+    def prepare_one(spec: dict[str, Any]) -> None:
+        raw = {
+            "tokenizer": {"kind": "bytes"},
+            "datasets": {"d": spec},
+            "steps": [{"datasets": ["d"]}],
+        }
+        prepare(parse_plan(raw, "test"), quiet)
 
     with pytest.raises(LmplayError, match="no files at"):
-        prepare({"source": "files", "path": str(tmp_path / "none")})
+        prepare_one({"source": "files", "path": str(tmp_path / "none")})
     with pytest.raises(LmplayError, match="plans laptop, smoke"):
-        prepare({"source": "hub", "path": "nobody/nothing"})
+        prepare_one({"source": "hub", "path": "nobody/nothing"})
     with pytest.raises(LmplayError, match="did you mean es"):
-        prepare({"source": "bundled", "language": "esp"})
+        prepare_one({"source": "bundled", "language": "esp"})
     write_text(tmp_path)
     with pytest.raises(LmplayError, match="did you mean text"):
-        prepare({"source": "files", "path": str(tmp_path / "data.jsonl"), "columns": {"text": "txt"}})
+        prepare_one(
+            {"source": "files", "path": str(tmp_path / "data.jsonl"), "columns": {"text": "txt"}}
+        )
 
 
 def test_bundled_text_is_real() -> None:
-    plan = parse_plan({"datasets": {"d": {"source": "bundled"}}, "steps": [{"datasets": ["d"]}]}, "test")
-    source = sources.open_source("d", plan.datasets["d"])  # type: ignore[arg-type]
+    plan = parse_plan(
+        {"datasets": {"d": {"source": "bundled"}}, "steps": [{"datasets": ["d"]}]}, "test"
+    )
+    source = plan.datasets["d"]
     documents = list(source.documents())
     assert len(documents) > 10_000
     assert sum(len(text) for d in documents for text, _ in d) > 4_900_000

@@ -27,7 +27,10 @@ def renamed(variant: str) -> str:
 
 
 def test_listing_imports_no_torch() -> None:
-    code = "import sys; from lmplay.cli.trainer import main; main(['--exp', 'list']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from lmplay.cli.trainer import main; "
+        "main(['--exp', 'list']); assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for word in ("gpt2ish", "value_norm", "ue16x", "shipped"):
@@ -39,9 +42,15 @@ def test_listing_imports_no_torch() -> None:
     [
         ("def f(:\n", "line 1"),
         ("import no_such_module\n" + renamed("x"), "no module named no_such_module"),
-        (renamed("x").replace("import KVCache,", "import KVCash,"), "no KVCash (did you mean KVCache?)"),
+        (
+            renamed("x").replace(" KVCache,", " KVCash,", 1),
+            "no KVCash (did you mean KVCache?)",
+        ),
         ('"""Doc."""\nX = 1\n', "defines no Config"),
-        (BASE.replace('{"num_blocks": 12}', '{"num_block": 12}'), "Config has no num_block (did you mean num_blocks?)"),
+        (
+            BASE.replace('{"num_blocks": 12}', '{"num_block": 12}'),
+            "Config has no num_block (did you mean num_blocks?)",
+        ),
     ],
 )
 def test_a_broken_file_is_listed_with_its_reason_and_takes_no_other_down(
@@ -58,20 +67,29 @@ def test_a_broken_file_is_listed_with_its_reason_and_takes_no_other_down(
     assert len(used.stderr.strip().splitlines()) == 1
 
 
-def test_own_folder_path_variant_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_folder_path_variant_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "experiments", "mine.py", renamed("mine"))
     assert discover.find("mine")[0].path == path
     assert discover.find("mine")[0].origin == "./experiments"
-    assert discover.find("experiments/mine.py") == (discover.find("experiments/mine.py:mine")[0], "mine")
+    assert discover.find("experiments/mine.py") == (
+        discover.find("experiments/mine.py:mine")[0],
+        "mine",
+    )
     colon = write(tmp_path / "10:30", "late.py", renamed("late"))
-    assert discover.find(str(colon)) == discover.find(f"{colon}:late"), "a folder's colon is not the variant's"
+    assert discover.find(str(colon)) == discover.find(f"{colon}:late"), (
+        "a folder's colon is not the variant's"
+    )
     other = write(tmp_path / "elsewhere", "theirs.py", renamed("theirs"))
     monkeypatch.setenv("LMP_EXPERIMENTS", str(tmp_path / "elsewhere"))
     assert discover.find("theirs")[0].path == other
 
 
-def test_the_same_name_twice_names_both_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_name_twice_names_both_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "experiments", "again.py", renamed("ue"))
     with pytest.raises(LmplayError, match="two places") as error:
@@ -115,7 +133,12 @@ def test_config_takes_plan_then_variant_then_overrides() -> None:
     config, without = experiment.config(
         {"num_blocks": 4, "embed_dim": 96, "num_kv_heads": 3}, {"tied": "true", "head_bias": "0"}
     )
-    assert (config.num_blocks, config.embed_dim, config.tied, config.head_bias) == (12, 96, True, False)
+    assert (config.num_blocks, config.embed_dim, config.tied, config.head_bias) == (
+        12,
+        96,
+        True,
+        False,
+    )
     assert without == ["num_kv_heads"]
     for override, says in (
         ({"num_block": "3"}, "did you mean num_blocks"),
@@ -131,13 +154,17 @@ def test_config_takes_plan_then_variant_then_overrides() -> None:
 
 
 def test_describe_needs_no_hub(command: Command) -> None:
-    done = command("lmp_trainer", "--exp", "gpt2ish_tiny", "--describe", "--training-plan", "tinystories")
+    done = command(
+        "lmp_trainer", "--exp", "gpt2ish_tiny", "--describe", "--training-plan", "tinystories"
+    )
     assert done.returncode == 0, done.stderr
     assert "vocab_size = 50257" in done.stdout
 
 
 def test_describe(command: Command) -> None:
-    done = command("lmp_trainer", "--exp", "ue", "--describe", "--training-plan", "smoke", "--set", "mid_mul=2")
+    done = command(
+        "lmp_trainer", "--exp", "ue", "--describe", "--training-plan", "smoke", "--set", "mid_mul=2"
+    )
     assert done.returncode == 0, done.stderr
     assert "mid_mul = 2.0   (default 1.0)" in done.stdout
     assert "tok_embed.front.weight [257, 256]" in done.stdout

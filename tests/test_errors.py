@@ -1,4 +1,5 @@
-"""Bad input through the commands: one clear line, an exit status that is not 0, and nothing lost."""
+"""Bad input through the commands: one clear line, an exit status that is not 0, and nothing
+lost."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 from conftest import Command, call_command, write_plan
 
-from lmplay.compare import read_curve
-from lmplay.runs import RunFolder
+from lmplay.training.curves import read_curve
+from lmplay.training.run_folder import RunFolder
 
 
 def one_line(done: subprocess.CompletedProcess[str], *says: str, status: int = 1) -> None:
@@ -27,7 +28,15 @@ def one_line(done: subprocess.CompletedProcess[str], *says: str, status: int = 1
 def trained(tmp_path: Path, command: Command) -> Path:
     """A finished run of a tiny plan in tmp_path; returns its folder."""
     write_plan(tmp_path)
-    done = command("lmp_trainer", "--training-plan", "tiny.json", "--mini-batch-size", "8", "--save-minutes", "0")
+    done = command(
+        "lmp_trainer",
+        "--training-plan",
+        "tiny.json",
+        "--mini-batch-size",
+        "8",
+        "--save-minutes",
+        "0",
+    )
     assert done.returncode == 0, done.stderr
     return tmp_path / "gpt_out" / "tiny" / "gpt2ish-s0"
 
@@ -39,7 +48,11 @@ def test_unknown_experiment(command: Command) -> None:
 def test_unknown_plan_and_plan_key(command: Command, tmp_path: Path) -> None:
     one_line(command("lmp_trainer", "--training-plan", "laptp"), "did you mean laptop?")
     write_plan(tmp_path, optimiser={})
-    one_line(command("lmp_trainer", "--training-plan", "tiny.json"), "did you mean optimizer?", "tiny.json")
+    one_line(
+        command("lmp_trainer", "--training-plan", "tiny.json"),
+        "did you mean optimizer?",
+        "tiny.json",
+    )
 
 
 def test_missing_data_set(command: Command, tmp_path: Path) -> None:
@@ -112,12 +125,22 @@ def test_another_tokenizer_is_refused(command: Command, trained: Path) -> None:
     one_line(done, "not the tokenizer that was saved")
 
 
-def test_a_run_of_other_code_is_refused_and_fresh_moves_it_aside(command: Command, tmp_path: Path) -> None:
+def test_a_run_of_other_code_is_refused_and_fresh_moves_it_aside(
+    command: Command, tmp_path: Path
+) -> None:
     write_plan(tmp_path)
     text = (Path(__file__).parent.parent / "experiments" / "gpt2ish.py").read_text()
     text = text.replace('"gpt2ish": {}', '"mine": {}').replace('"gpt2ish_', '"mine_')
     (tmp_path / "mine.py").write_text(text)
-    arguments = ("lmp_trainer", "--exp", "mine.py", "--training-plan", "tiny.json", "--mini-batch-size", "8")
+    arguments = (
+        "lmp_trainer",
+        "--exp",
+        "mine.py",
+        "--training-plan",
+        "tiny.json",
+        "--mini-batch-size",
+        "8",
+    )
     assert command(*arguments).returncode == 0
     folder = tmp_path / "gpt_out" / "tiny" / "mine-s0"
     curve = (folder / "train.csv").read_text()
@@ -136,7 +159,10 @@ def test_no_permission_to_write(command: Command, tmp_path: Path) -> None:
     one_line(done, "cannot be written", "file/out")
     if os.geteuid() != 0:
         (tmp_path / "locked").mkdir(mode=0o500)
-        one_line(command("lmp_trainer", "--training-plan", "tiny.json", "--out", "locked"), "cannot be written")
+        one_line(
+            command("lmp_trainer", "--training-plan", "tiny.json", "--out", "locked"),
+            "cannot be written",
+        )
 
 
 def test_two_processes_do_not_train_one_run(command: Command, trained: Path) -> None:
@@ -173,7 +199,11 @@ def test_bad_settings(command: Command, arguments: tuple[str, ...], says: str) -
 def test_without_a_plan_the_one_for_this_machine_is_taken_and_said(command: Command) -> None:
     done = command("lmp_trainer", "--exp", "gpt2ish_tiny", "--describe")
     assert done.returncode == 0, done.stderr
-    chosen = "default (a CUDA card is used" if torch.cuda.is_available() else "laptop (no CUDA card is used"
+    chosen = (
+        "default (a CUDA card is used"
+        if torch.cuda.is_available()
+        else "laptop (no CUDA card is used"
+    )
     assert f"training plan: {chosen}" in done.stdout
 
 
@@ -181,7 +211,9 @@ def test_amp_says_when_the_hardware_has_none(command: Command, tmp_path: Path) -
     from lmplay.devices import pick_precision
 
     write_plan(tmp_path)
-    done = command("lmp_trainer", "--training-plan", "tiny.json", "--amp", "--steps", "2", "--device", "cpu")
+    done = command(
+        "lmp_trainer", "--training-plan", "tiny.json", "--amp", "--steps", "2", "--device", "cpu"
+    )
     assert done.returncode == 0, done.stderr
     native = pick_precision(torch.device("cpu"), amp=True).name == "bf16"
     assert ("float32 is used" in done.stdout) != native
@@ -203,42 +235,68 @@ def test_generator_and_plots_without_runs(command: Command, tmp_path: Path) -> N
     one_line(command("lmp_generator", "hello", "--do-sample", "--temperature", "0"), "above 0")
     one_line(command("lmp_generator", "hello", "--top-k", "5"), "--top-k goes with --do-sample")
     one_line(command("lmp_plotstats", "--plot-raw"), "nothing is smoothed")
-    one_line(command("lmp_plotstats", "--html", "p.html", "--port", "9000"), "--port goes with --serve")
+    one_line(
+        command("lmp_plotstats", "--html", "p.html", "--port", "9000"), "--port goes with --serve"
+    )
 
 
 @pytest.mark.parametrize(
     ("mode", "option"),
-    [("--describe", "--seed=1"), ("--check-grads", "--amp"), ("--profile", "--steps=3"), ("--find-lr", "--tokens=9")],
+    [
+        ("--describe", "--seed=1"),
+        ("--check-grads", "--amp"),
+        ("--profile", "--steps=3"),
+        ("--find-lr", "--tokens=9"),
+    ],
 )
-def test_options_that_a_mode_would_ignore_are_refused(command: Command, mode: str, option: str) -> None:
-    one_line(command("lmp_trainer", mode, option), f"{mode} and {option.split('=')[0]} do not go together")
+def test_options_that_a_mode_would_ignore_are_refused(
+    command: Command, mode: str, option: str
+) -> None:
+    one_line(
+        command("lmp_trainer", mode, option),
+        f"{mode} and {option.split('=')[0]} do not go together",
+    )
 
 
-def test_a_full_device_is_one_line(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_device_is_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lmplay.probe.count_flops", full)
+    for module in ("match", "loop"):
+        monkeypatch.setattr(f"lmplay.training.{module}.count_flops", full)
     for mode in ("--describe", "--fresh", "--profile"):
         done = command("lmp_trainer", "--training-plan", str(write_plan(tmp_path)), mode)
         one_line(done, "the device ran out of memory: a smaller --mini-batch-size, or model?")
 
 
 def test_a_text_shorter_than_a_sequence(command: Command, tmp_path: Path) -> None:
-    plan = write_plan(tmp_path, model={"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "max_len": 100_000})
-    one_line(command("lmp_trainer", "--exp", "ue", "--training-plan", str(plan)), "no sequence of 100000")
+    plan = write_plan(
+        tmp_path, model={"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "max_len": 100_000}
+    )
+    one_line(
+        command("lmp_trainer", "--exp", "ue", "--training-plan", str(plan)),
+        "too few for a sequence of 100000",
+    )
 
 
 def test_check_grads_and_profile(command: Command, tmp_path: Path) -> None:
     write_plan(tmp_path)
     text = (Path(__file__).parent.parent / "experiments" / "gpt2ish.py").read_text()
-    text = text.replace("        self.ln = nn", "        self.idle = Linear(3, 3)\n        self.ln = nn")
+    text = text.replace(
+        "        self.ln = nn", "        self.idle = Linear(3, 3)\n        self.ln = nn"
+    )
     (tmp_path / "idle.py").write_text(text)
-    done = command("lmp_trainer", "--exp", "idle.py", "--training-plan", "tiny.json", "--check-grads")
+    done = command(
+        "lmp_trainer", "--exp", "idle.py", "--training-plan", "tiny.json", "--check-grads"
+    )
     assert done.returncode == 1
     assert "no gradient: idle.weight" in done.stdout
     assert "parameters_without_gradient: 2 of" in done.stdout
-    done = command("lmp_trainer", "--training-plan", "tiny.json", "--profile", "--mini-batch-size", "8")
+    done = command(
+        "lmp_trainer", "--training-plan", "tiny.json", "--profile", "--mini-batch-size", "8"
+    )
     assert done.returncode == 0, done.stderr
     assert "aten::" in done.stdout
     (trace,) = (tmp_path / "gpt_out").glob("profile-*.json")

@@ -1,4 +1,5 @@
-"""Every experiment and variant passes the conformance suite, and every baseline lies where it can be copied."""
+"""Every experiment and variant passes the conformance suite, and every baseline lies where it can
+be copied."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import torch
 from conftest import Command, assert_equal_to_the_bit, write_plan
 
 from lmplay import discover, testing
-from lmplay.trainer import Trainer
+from lmplay.changes import check_marks
+from lmplay.training.loop import Trainer
 
 SOURCES = discover.list_sources()
 VARIANTS = [v for s in SOURCES for v in s.variants]
@@ -27,31 +29,70 @@ def test_conformance(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_conformance_on_a_gpu(variant: str) -> None:
     testing.check_experiment(variant, device="cuda")
+    testing.check_fp16(testing.tiny(variant, "cuda"))
     testing.check_compiles(testing.tiny(variant, "cuda"))
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.idea)
+def test_changed_marks_tell_what_changed(source: discover.ExperimentFile) -> None:
+    baseline, _ = discover.find_baseline(source)
+    if baseline.path == source.path:
+        assert "# CHANGED" not in source.path.read_text()
+    else:
+        assert check_marks(baseline.path, source.path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (("self.fc1 = Linear(", "self.fc1 = nn.Linear("), "is not marked as CHANGED"),
+        (("self.dropout = c.dropout", "self.dropout = c.dropout  # CHANGED"), "covers no change"),
+        (("class Block", "# CHANGED: to Attention\n\n\nclass Block"), "not defined below it"),
+    ],
+)
+def test_wrong_marks_are_found(tmp_path: Path, change: tuple[str, str], problem: str) -> None:
+    baseline = Path(discover.find("gpt2ish")[0].path)
+    copy = tmp_path / "copy.py"
+    copy.write_text(baseline.read_text().replace(*change))
+    try:
+        problems = check_marks(baseline, copy)
+    except ValueError as e:
+        problems = [str(e)]
+    assert any(problem in p for p in problems), problems
+
+
 @pytest.mark.parametrize("variant", IDEAS)
 def test_compiles(variant: str) -> None:
-    # One block holds all of an idea's code, but where two kinds of block alternate; compiling is slow.
+    # One block holds all of an idea's code, but where two kinds of block alternate; compiling is
+    # slow.
     fewer = {"num_chunks": 2} if variant == "rgpt2ish" else {}
     subject = testing.tiny(variant, num_blocks=2 if variant == "nnm_select" else 1, **fewer)
     testing.check_compiles(subject, "inductor" if variant == "gpt2ish" else "aot_eager")
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("variant", [*IDEAS, "hybrid"])  # all go through the conformance suite; one of each idea here
+# all go through the conformance suite; one of each idea here
+@pytest.mark.parametrize("variant", [*IDEAS, "hybrid"])
 def test_trains_resumes_and_generates(
     variant: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the middle and resumed, a run is to the bit the one that was not."""
     plan = write_plan(tmp_path)
-    train = ("lmp_trainer", "--exp", variant, "--training-plan", str(plan), "--mini-batch-size", "4")
+    train = (
+        "lmp_trainer",
+        "--exp",
+        variant,
+        "--training-plan",
+        str(plan),
+        "--mini-batch-size",
+        "4",
+    )
     record = Trainer.record
 
     def stop_at_5(trainer: Trainer, *args: Any) -> None:
         record(trainer, *args)
-        trainer.stop_signal = signal.SIGINT if trainer.place.step == 5 else None
+        trainer.stop_signal = signal.SIGINT if trainer.state.step == 5 else None
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "record", stop_at_5)
@@ -62,38 +103,65 @@ def test_trains_resumes_and_generates(
     assert "val_bpb:" in again.stdout
     whole = command(*train, "--out", "whole")
     assert whole.returncode == 0, whole.stderr
-    assert_equal_to_the_bit(*(tmp_path / out / "tiny" / f"{variant}-s0" for out in ("gpt_out", "whole")))
+    assert_equal_to_the_bit(
+        *(tmp_path / out / "tiny" / f"{variant}-s0" for out in ("gpt_out", "whole"))
+    )
     text = command("lmp_generator", "the quick", "--max-len", "5")
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("the quick")
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.idea)
-def test_file_stands_alone(source: discover.Source) -> None:
-    """Each says what it is, names a baseline that exists, and imports nothing but torch and lmplay.api."""
+def test_file_stands_alone(source: discover.ExperimentFile) -> None:
+    """Each says what it is, names a baseline that exists, and imports nothing but torch and
+    lmplay.api."""
     assert not source.broken
     assert 10 < len(source.summary) <= 110
     assert source.baseline in VARIANTS
-    assert "RESULT" not in source.doc, "the docstring says what came out, or that nothing was run yet"
-    names = [line.split()[1] for line in source.path.read_text().splitlines() if line.startswith(("import ", "from "))]
-    standard = {"__future__", "math", "contextlib", "copy", "dataclasses", "typing", "collections.abc"}
+    assert "RESULT" not in source.doc, (
+        "the docstring says what came out, or that nothing was run yet"
+    )
+    names = [
+        line.split()[1]
+        for line in source.path.read_text().splitlines()
+        if line.startswith(("import ", "from "))
+    ]
+    standard = {
+        "__future__",
+        "math",
+        "contextlib",
+        "copy",
+        "dataclasses",
+        "typing",
+        "collections.abc",
+    }
     standard |= {"importlib", "importlib.util"}  # to ask for a kernel where one may be installed
     outside = {n for n in names if n not in standard and not n.startswith("torch")}
     assert outside == {"lmplay.api"}
-    if source.idea != "gpt2ish":
-        assert "# CHANGED" in source.path.read_text()
 
 
 def test_suite_finds_faults(tmp_path: Path) -> None:
-    """The checks can fail: each fault planted in a copy of the baseline is found by the check that is for it."""
+    """The checks can fail: each fault planted in a copy of the baseline is found by the check that
+    is for it."""
     text = Path(discover.find("gpt2ish")[0].path).read_text()
     faults = {
-        "check_causal": ("is_causal", "causal_attention(q, k, v)", "F.scaled_dot_product_attention(q, k, v)"),
-        "check_cached_decoding": ("past", "past = 0 if cache is None else cache.length", "past = 0"),
-        "check_initialised_by_name": ("scale", "self.ln = nn.LayerNorm(c.embed_dim)",
-            "self.ln = nn.LayerNorm(c.embed_dim)\n        self.scale = nn.Parameter(torch.ones(1))"),
+        "check_causal": (
+            "is_causal",
+            "causal_attention(q, k, v)",
+            "F.scaled_dot_product_attention(q, k, v)",
+        ),
+        "check_cached_decoding": (
+            "past",
+            "past = 0 if cache is None else cache.length",
+            "past = 0",
+        ),
+        "check_initialized_by_name": (
+            "scale",
+            "self.ln = nn.LayerNorm(c.embed_dim)",
+            "self.ln = nn.LayerNorm(c.embed_dim)\n        self.scale = nn.Parameter(torch.ones(1))",
+        ),
         "check_config_fields": ("head_bias", "bias=c.head_bias", "bias=True"),
-    }  # fmt: skip
+    }
     for check, (name, before, after) in faults.items():
         assert text.count(before) == 1
         path = tmp_path / f"{name}.py"

@@ -12,12 +12,14 @@ import pytest
 import torch
 from conftest import Command, call_command, write_plan
 
-from lmplay import export, restore, testing
-from lmplay.cli import cleanmodel
+from lmplay import testing
+from lmplay.data.tokenizers import Bytes, Chars, Tiktoken, train_bpe
 from lmplay.errors import LmplayError
-from lmplay.report import Report
-from lmplay.runs import RUN_FILE, RunFolder
-from lmplay.tokenizers import Bytes, Chars, Tiktoken, train_bpe
+from lmplay.export import hf, needs, verification
+from lmplay.export.tokenizer import fast_tokenizer
+from lmplay.training import restore
+from lmplay.training.progress import Reporter
+from lmplay.training.run_folder import RUN_FILE, RunFolder
 
 TEXTS = [
     "",
@@ -40,9 +42,11 @@ arrays = np.load(data)
 ids, targets = torch.from_numpy(arrays["ids"]), torch.from_numpy(arrays["targets"])
 with torch.no_grad():
     logits = model(ids).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    out = model.generate(tokens.input_ids, attention_mask=tokens.attention_mask, do_sample=False, max_new_tokens=12)
+    out = model.generate(tokens.input_ids, attention_mask=tokens.attention_mask,
+        do_sample=False, max_new_tokens=12)
 print(json.dumps({"loss": float(loss), "text": tokenizer.decode(out[0], skip_special_tokens=True)}))
 """
 
@@ -52,8 +56,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained ue, on a tokenizer with merges."""
     folder = tmp_path_factory.mktemp("export")
     optimizer = {"name": "adamw", "lr": 5e-3}
-    plan = write_plan(folder, tokenizer={"kind": "bpe", "vocab_size": 320}, optimizer=optimizer,
-        steps=[{"step_name": "words", "datasets": ["words"], "steps": 60}])  # fmt: skip
+    plan = write_plan(
+        folder,
+        tokenizer={"kind": "bpe", "vocab_size": 320},
+        optimizer=optimizer,
+        steps=[{"step_name": "words", "datasets": ["words"], "steps": 60}],
+    )
     done = call_command("lmp_trainer", "--exp", "ue", "--training-plan", str(plan), cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
@@ -69,7 +77,9 @@ def test_lmplay_format(folder: Path) -> None:
     assert "largest difference of a logit" in done.stdout
     out = folder / "gpt_out/tiny/ue-s0-clean"
     texts = [
-        call_command("lmp_generator", "the quick", "--model", str(m), "--max-len", "12", cwd=folder).stdout
+        call_command(
+            "lmp_generator", "the quick", "--model", str(m), "--max-len", "12", cwd=folder
+        ).stdout
         for m in (out, folder / "gpt_out/tiny/ue-s0")
     ]
     assert texts[0] == texts[1]
@@ -77,7 +87,7 @@ def test_lmplay_format(folder: Path) -> None:
     assert not [n for n, _ in restored.model.named_parameters() if "front" in n]
     again = call_command("lmp_cleanmodel", str(out), cwd=folder)
     assert again.returncode == 1
-    assert "is clean already" in again.stderr
+    assert "is folded already" in again.stderr
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
@@ -90,20 +100,33 @@ def test_others_load_it_without_our_code(folder: Path, kind: str) -> None:
     assert done.returncode == 0, done.stderr
     assert not list(folder.rglob(".*.tmp"))
     restored = restore.restore(*restore.locate(folder / "gpt_out/tiny/ue-s0", folder, print, "x"))
-    batches = cleanmodel.validation(restored, Report())
-    ids, targets = (np.concatenate([getattr(b, name) for b in batches]) for name in ("ids", "targets"))
+    batches = verification.validation_batches(restored, Reporter())
+    ids, targets = (
+        np.concatenate([getattr(b, name) for b in batches]) for name in ("ids", "targets")
+    )
     np.savez(folder / "data.npz", ids=ids, targets=targets)
     prompt = "7 the quick"
-    command = [sys.executable, "-c", OUTSIDE, str(folder / kind), kind, str(folder / "data.npz"), prompt]
+    command = [
+        sys.executable,
+        "-c",
+        OUTSIDE,
+        str(folder / kind),
+        kind,
+        str(folder / "data.npz"),
+        prompt,
+    ]
     outside = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert outside.returncode == 0, outside.stderr
     theirs = json.loads(outside.stdout.splitlines()[-1])
     ours = call_command(
         "lmp_generator", prompt, "--model", "gpt_out/tiny/ue-s0", "--max-len", "12", cwd=folder
-    )  # fmt: skip
+    )
     assert theirs["text"] == ours.stdout.rstrip("\n")
-    seen = cleanmodel.look(restored.runner, restored.model.eval(), batches, torch.device("cpu"))
-    assert f"{np.exp(theirs['loss']):.4g}" == f"{np.exp(seen.loss):.4g}"  # perplexity, to four digits
+    seen = verification.evaluate(
+        restored.runner, restored.model.eval(), batches, torch.device("cpu")
+    )
+    # perplexity, to four digits
+    assert f"{np.exp(theirs['loss']):.4g}" == f"{np.exp(seen.loss):.4g}"
 
 
 def test_gguf_as_its_own_package_reads_it(folder: Path) -> None:
@@ -113,7 +136,12 @@ def test_gguf_as_its_own_package_reads_it(folder: Path) -> None:
     assert clean(folder, "--format", "gguf", "--out", str(out)).returncode == 0
     reader = gguf.GGUFReader(out)
     names = {t.name for t in reader.tensors}
-    assert {"token_embd.weight", "position_embd.weight", "blk.1.attn_qkv.weight", "output.weight"} <= names
+    assert {
+        "token_embd.weight",
+        "position_embd.weight",
+        "blk.1.attn_qkv.weight",
+        "output.weight",
+    } <= names
     assert reader.fields["gpt2.context_length"].contents() == 32
     assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == 320
 
@@ -138,24 +166,32 @@ def test_a_wrong_fold_is_not_written(folder: Path) -> None:
     finally:
         source.write_text(text)
     assert done.returncode == 1
-    assert "computes something else" in done.stderr
+    assert "differs from the trained one" in done.stderr
     assert not list(folder.glob("*wrong*"))
 
 
-@pytest.mark.parametrize(("variant", "why"), [("attn_pos", "distance"), ("sac2", "has no"), ("all1", "add1")])
+@pytest.mark.parametrize(
+    ("variant", "why"), [("attn_pos", "distance"), ("sac2", "has no"), ("all1", "add1")]
+)
 def test_what_no_standard_architecture_holds(variant: str, why: str) -> None:
     s = testing.tiny(variant)
     with pytest.raises(LmplayError, match=rf"no standard architecture.*{why}.*--format lmplay"):
-        export.as_gpt2(s.runner.fold(s.model()), 2)
+        hf.form_of(s.experiment, s.runner, s.runner.fold(s.model()))
 
 
 def test_a_function_that_only_looks_standard_is_refused(command: Command, tmp_path: Path) -> None:
-    """The stateless recurrent baseline has gpt2ish's tensors and not its function: the check on text finds it."""
+    """The stateless recurrent baseline has gpt2ish's tensors and not its function: the check on
+    text finds it."""
     plan = write_plan(tmp_path)
-    assert command("lmp_trainer", "--exp", "rgpt2ish_stateless", "--training-plan", str(plan)).returncode == 0
+    assert (
+        command(
+            "lmp_trainer", "--exp", "rgpt2ish_stateless", "--training-plan", str(plan)
+        ).returncode
+        == 0
+    )
     done = command("lmp_cleanmodel", "gpt_out/tiny/rgpt2ish_stateless-s0", "--format", "hf")
     assert done.returncode == 1
-    assert "computes something else" in done.stderr
+    assert "differs from the trained one" in done.stderr
 
 
 @pytest.mark.parametrize("settings", [{}, {"head_bias": False}, {"tied": True, "head_bias": False}])
@@ -163,10 +199,10 @@ def test_gpt2_shape_computes_the_same(settings: dict[str, bool], tmp_path: Path)
     """With a bias in the head it is wider; in float64 it is the same function."""
     s = testing.tiny("gpt2ish", **settings)
     model = s.moved().eval()
-    shape = export.as_gpt2(model, 2)
-    assert shape.embed_dim == (16 if settings else 18)
-    export.write_gpt2(tmp_path / "hf", shape, train_bpe(["a b c"], 257))
-    logits, _ = export.read_hf(tmp_path / "hf")
+    form = hf.form_of(s.experiment, s.runner, model)
+    assert form.config["n_embd"] == (16 if settings else 18)
+    hf.write_hf(tmp_path / "hf", form, train_bpe(["a b c"], 257), s.config.max_len)
+    logits, _ = hf.read_hf(tmp_path / "hf")
     ids = s.batch().ids
     with torch.no_grad():
         torch.testing.assert_close(logits(ids), model.head(model(ids)), rtol=1e-4, atol=1e-6)
@@ -175,10 +211,12 @@ def test_gpt2_shape_computes_the_same(settings: dict[str, bool], tmp_path: Path)
 @pytest.mark.parametrize("kind", ["bytes", "chars", "bpe", "gpt2"])
 def test_tokenizers_cut_alike(kind: str, tmp_path: Path) -> None:
     ours = {
-        "bytes": Bytes, "chars": lambda: Chars("".join(TEXTS)), "bpe": lambda: train_bpe(TEXTS * 3, 300),
+        "bytes": Bytes,
+        "chars": lambda: Chars("".join(TEXTS)),
+        "bpe": lambda: train_bpe(TEXTS * 3, 300),
         "gpt2": lambda: Tiktoken("gpt2"),
-    }[kind]()  # fmt: skip
-    made = export.fast_tokenizer(ours, 64)
+    }[kind]()
+    made = fast_tokenizer(ours, 64)
     made.save_pretrained(tmp_path)
     from transformers import AutoTokenizer
 
@@ -202,13 +240,17 @@ def test_gguf_without_merges_is_refused(command: Command, tmp_path: Path) -> Non
     assert [p.name for p in (tmp_path / "gpt_out/tiny").iterdir()] == ["gpt2ish-s0"]
 
 
-def test_a_missing_library_is_one_line(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import importlib.util
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else found(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else found(name, *a)
+    )
     with pytest.raises(LmplayError, match=r"needs gguf: pip install 'lmplay\[export\]'"):
-        cleanmodel.require("gguf")
+        needs.check_installed("gguf")
 
 
 def test_other_data_is_told(folder: Path) -> None:
@@ -221,7 +263,7 @@ def test_other_data_is_told(folder: Path) -> None:
     finally:
         data.write_text(text)
     assert done.returncode == 1
-    assert "is not what it was" in done.stderr
+    assert "have changed since" in done.stderr
     assert not (folder / "other").exists()
 
 

@@ -1,4 +1,5 @@
-"""The baseline against software we did not write: the transformers library's GPT-2, and FLOPs by formula."""
+"""The baseline against software we did not write: the transformers library's GPT-2, and FLOPs by
+formula."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import math
 import pytest
 import torch
 
-from lmplay import probe, testing
+from lmplay import model as probe
+from lmplay import testing
 from lmplay.api import Batch
 
 
@@ -36,7 +38,8 @@ def transformers_gpt2(config, model):
     for part in ("weight", "bias"):
         state[f"transformer.ln_f.{part}"] = own[f"ln.{part}"]
     for i in range(c.num_blocks):
-        a, b = f"blocks.{i}", f"transformer.h.{i}"
+        a = f"blocks.{i}"
+        b = f"transformer.h.{i}"
         for part in ("weight", "bias"):
             for ours, name in (("ln1", "ln_1"), ("ln2", "ln_2")):
                 state[f"{b}.{name}.{part}"] = own[f"{a}.{ours}.{part}"]
@@ -50,7 +53,9 @@ def transformers_gpt2(config, model):
                 state[f"{b}.{name}.{part}"] = own[f"{a}.{ours}.{part}"].t()
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected
-    assert set(missing) <= {"lm_head.weight"} | {m for m in missing if m.endswith((".attn.bias", ".masked_bias"))}
+    assert set(missing) <= {"lm_head.weight"} | {
+        m for m in missing if m.endswith((".attn.bias", ".masked_bias"))
+    }
     return theirs.eval()
 
 
@@ -66,7 +71,9 @@ def test_logits_and_gradients_equal_the_transformers_librarys() -> None:
     out = s.runner.step(model, Batch(ids[:, :-1], ids[:, 1:]))
     (out.loss_sum / out.n_tokens).backward()
     torch.testing.assert_close(model.tok_embed.weight.grad, theirs.transformer.wte.weight.grad)
-    torch.testing.assert_close(model.blocks[0].ff.fc1.weight.grad, theirs.transformer.h[0].mlp.c_fc.weight.grad.t())
+    torch.testing.assert_close(
+        model.blocks[0].ff.fc1.weight.grad, theirs.transformer.h[0].mlp.c_fc.weight.grad.t()
+    )
 
 
 def test_counted_flops_are_those_of_the_formula() -> None:
@@ -74,9 +81,11 @@ def test_counted_flops_are_those_of_the_formula() -> None:
     c = s.config
     batch = s.batch(size=2)
     counted = probe.count_flops(s.runner, s.model(), batch)
-    d, t = c.embed_dim, c.max_len
+    d = c.embed_dim
+    t = c.max_len
     products = 6 * (c.num_blocks * 12 * d * d + d * c.vocab_size)
-    # q kᵀ and weights·v forward; torch counts the flash backward as 5 products of that size, one recomputed
+    # q kᵀ and weights·v forward; torch counts the flash backward as 5 products of that size, one
+    # recomputed
     attention = c.num_blocks * (2 + 5) * 2 * t * d
     assert counted == pytest.approx(products + attention, rel=1e-6)
 
@@ -88,7 +97,9 @@ def test_initial_loss_is_that_of_a_uniform_guess() -> None:
 
 
 def test_parameter_count_of_the_baseline_arena() -> None:
-    s = testing.tiny("gpt2ish", num_blocks=6, embed_dim=768, num_heads=12, max_len=1024, vocab_size=50257)
+    s = testing.tiny(
+        "gpt2ish", num_blocks=6, embed_dim=768, num_heads=12, max_len=1024, vocab_size=50257
+    )
     model = s.runner.build()
     blocks = 6 * (12 * 768 * 768 + 13 * 768)
     expected = 50257 * 768 * 2 + 50257 + 1024 * 768 + blocks + 2 * 768

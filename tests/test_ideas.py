@@ -1,4 +1,5 @@
-"""What the ideas compute, each against a plain form of its formula, and copies of one formula against each other."""
+"""What the ideas compute, each against a plain form of its formula, and copies of one formula
+against each other."""
 
 from __future__ import annotations
 
@@ -14,14 +15,18 @@ from torch import Tensor, nn
 
 from lmplay import discover, testing
 from lmplay.api import Batch, ModelRunner
-from lmplay.optimizers import Optimizers
-from lmplay.plan import Optimizer as OptimizerSpec
+from lmplay.training.optimizer_specs import Optimizer as OptimizerSpec
+from lmplay.training.optimizers import Optimizers
 
 SOURCES = discover.list_sources()
 VARIANTS = [v for s in SOURCES for v in s.variants]
 IDEAS = [next(iter(s.variants)) for s in SOURCES]
 FOLDABLE = [v for v in VARIANTS if testing.tiny(v).runner.training_only]
-HOLDING = [v for v in VARIANTS if type(testing.tiny(v).runner).fixed_weights is not ModelRunner.fixed_weights]
+HOLDING = [
+    v
+    for v in VARIANTS
+    if type(testing.tiny(v).runner).fixed_weights is not ModelRunner.fixed_weights
+]
 
 
 def module(idea: str) -> ModuleType:
@@ -31,12 +36,17 @@ def module(idea: str) -> ModuleType:
 def trained(s: testing.Subject, steps: int = 4, bf16: bool = False) -> nn.Module:
     """A model after a few steps of AdamW at the rates its groups ask for."""
     model = s.model()
-    optimizers = Optimizers(OptimizerSpec(name="adamw", lr=3e-3), s.runner.param_groups(model), model)
+    optimizers = Optimizers(
+        OptimizerSpec(name="adamw", lr=3e-3), s.runner.param_groups(model), model
+    )
     for i in range(steps):
-        with s.runner.fixed_weights(model), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with (
+            s.runner.fixed_weights(model),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
+        ):
             out = s.runner.step(model, s.batch(seed=i))
             (out.loss_sum / out.n_tokens).backward()
-        optimizers.prepare(1.0)
+        optimizers.unscale_and_clip(1.0)
         optimizers.step()
         optimizers.zero_grad()
     return model.eval()
@@ -66,28 +76,44 @@ def test_folds_after_training_in_bf16(variant: str) -> None:
 def test_held_weights_give_the_naive_gradients(variant: str) -> None:
     """Computed once for two mini-batches, or anew in each: the same gradients."""
     s = testing.tiny(variant)
-    model, batches = s.moved(torch.float64), [s.batch(seed=1), s.batch(seed=2)]
+    model = s.moved(torch.float64)
+    batches = [s.batch(seed=1), s.batch(seed=2)]
     naive = testing._gradients(s, model, batches)
     model.zero_grad(set_to_none=True)
     total = sum(int(s.runner.step(model, b).n_tokens) for b in batches)
     with s.runner.fixed_weights(model):
         for batch in batches:
             (s.runner.step(model, batch).loss_sum / total).backward()
-    assert model.held is None
+    assert model.cached is None
     for name, p in model.named_parameters():
         grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
         torch.testing.assert_close(grad, naive[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
 SAME_START = [
-    "attn_pos", "attn_pos_mul", "focus", "focus_simple", "lra", "lra_features", "lra_linear", "rgpt2ish",
-    "uw1", "uw1_rows", "uw1_head", "uw2", "uw3", "uw4", "uw5", "uw6",
-]  # fmt: skip
+    "attn_pos",
+    "attn_pos_mul",
+    "focus",
+    "focus_simple",
+    "lra",
+    "lra_features",
+    "lra_linear",
+    "rgpt2ish",
+    "uw1",
+    "uw1_rows",
+    "uw1_head",
+    "uw2",
+    "uw3",
+    "uw4",
+    "uw5",
+    "uw6",
+]
 
 
 @pytest.mark.parametrize("variant", SAME_START)
 def test_starts_from_the_baselines_function(variant: str) -> None:
-    s, base = testing.tiny(variant), testing.tiny("gpt2ish")
+    s = testing.tiny(variant)
+    base = testing.tiny("gpt2ish")
     loss, wanted = (float(x.runner.step(x.model(), x.batch()).loss_sum.detach()) for x in (s, base))
     assert loss == pytest.approx(wanted, rel=1e-5)
 
@@ -97,7 +123,8 @@ def test_attention_position_against_a_loop(multiply: bool) -> None:
     s = testing.tiny("attn_pos_mul" if multiply else "attn_pos")
     table = s.experiment.module.DistanceTable(s.config).double()
     nn.init.normal_(table.weight)
-    heads, size = 2, 8
+    heads = 2
+    size = 8
     for t, total in ((6, 6), (1, 6), (3, 7)):
         q = torch.randn(2, heads, t, size, dtype=torch.float64)
         k, v = torch.randn(2, 2, heads, total, size, dtype=torch.float64)
@@ -121,8 +148,12 @@ def test_focus_divides_the_scores() -> None:
     s = testing.tiny("focus")
     attention = s.moved(torch.float64).blocks[1].attn
     x = torch.randn(2, 5, 16, dtype=torch.float64)
-    q, k, v = (m(x).unflatten(-1, (2, 8)).transpose(1, 2) for m in (attention.query, attention.key, attention.value))
-    scale = 2 * torch.sigmoid(F.linear(x, attention.temperature.weight, attention.temperature.bias))  # (B, t, H)
+    q, k, v = (
+        m(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        for m in (attention.query, attention.key, attention.value)
+    )
+    # (B, t, H)
+    scale = 2 * torch.sigmoid(F.linear(x, attention.temperature.weight, attention.temperature.bias))
     scores = q @ k.transpose(-1, -2) / math.sqrt(8) / scale.transpose(1, 2).unsqueeze(-1)
     mask = torch.ones(5, 5, dtype=torch.bool).triu(1)
     read = scores.masked_fill(mask, float("-inf")).softmax(-1) @ v
@@ -136,8 +167,10 @@ def test_learned_add_stays_in_its_range(factors: str, per_feature: bool) -> None
     add = s.experiment.module.LearnedAdd(s.config)
     for p in add.parameters():
         nn.init.normal_(p, std=5.0)
-    x, zero = torch.randn(4, 3, 16), torch.zeros(4, 3, 16)
-    alpha, beta = add(x, zero) / x, add(zero, x) / x
+    x = torch.randn(4, 3, 16)
+    zero = torch.zeros(4, 3, 16)
+    alpha = add(x, zero) / x
+    beta = add(zero, x) / x
     for factor in (alpha, beta):
         assert 0.4 - 1e-5 <= float(factor.min()) <= float(factor.max()) <= 1.5 + 1e-5
     if not per_feature:
@@ -161,13 +194,16 @@ def test_unified_linear_against_its_formula() -> None:
 
 @pytest.mark.parametrize(("variant", "depth"), [("uw6", 0), ("uw2", 1), ("uw5", 2)])
 def test_predictions_layer_by_layer(variant: str, depth: int) -> None:
-    """The batched predictions are those of each layer's own z; every factor starts at 1 and every addend at 0."""
+    """The batched predictions are those of each layer's own z; every factor starts at 1 and every
+    addend at 0."""
     s = testing.tiny(variant)
     model = s.model(dtype=torch.float64)
     starts = s.experiment.module.STARTS
     for vectors in [v for p in model.predictors for v in p().values()]:
         for kind, vector in vectors.items():
-            torch.testing.assert_close(vector, torch.full_like(vector, starts[kind]), atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                vector, torch.full_like(vector, starts[kind]), atol=1e-6, rtol=0
+            )
     model = s.moved(torch.float64)
     for predictor in model.predictors:
         made = predictor()
@@ -178,13 +214,16 @@ def test_predictions_layer_by_layer(variant: str, depth: int) -> None:
             for name, kind, rows in predictor.tables:
                 if number in rows:
                     rest = predictor.get_parameter(f"{name}_rest")[rows.index(number)]
-                    torch.testing.assert_close(made[path][kind], predictor.get_parameter(name) @ h + rest)
+                    torch.testing.assert_close(
+                        made[path][kind], predictor.get_parameter(name) @ h + rest
+                    )
 
 
 def test_memory_reads_by_plain_attention() -> None:
     s = testing.tiny("nnm", mem_ff=False, cells=5, mem_heads=3)
     model = s.moved(torch.float64)
-    memory, bank = model.blocks[0].memory, model.banks[0]
+    memory = model.blocks[0].memory
+    bank = model.banks[0]
     x = torch.randn(2, 4, 16, dtype=torch.float64)
     k, v = (m(bank.cells).view(5, 3, 8) for m in (bank.to_key, bank.to_value))
     q = memory.query(memory.ln(x)).view(2, 4, 3, 8)
@@ -200,7 +239,9 @@ def test_mixed_linear_is_a_mixture_of_layers() -> None:
         nn.init.normal_(p)
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     p = (x @ layer.select.T).softmax(-1)
-    each = torch.stack([F.linear(x, layer.weight[:, c], layer.bias.view(3, 6)[c]) for c in range(3)], -1)
+    each = torch.stack(
+        [F.linear(x, layer.weight[:, c], layer.bias.view(3, 6)[c]) for c in range(3)], -1
+    )
     torch.testing.assert_close(layer(x), (each * p.unsqueeze(-2)).sum(-1))
 
 
@@ -213,17 +254,23 @@ def test_pattern_of_blocks_and_memories() -> None:
 
 
 def test_recurrent_baseline_with_state_computes_gpt2ish() -> None:
-    """The forward pass is gpt2ish's; without its state it is gpt2ish's on sequences of a chunk's length."""
+    """The forward pass is gpt2ish's; without its state it is gpt2ish's on sequences of a chunk's
+    length."""
     base = testing.tiny("gpt2ish")
-    model, batch = base.moved(torch.float64), base.batch()
+    model = base.moved(torch.float64)
+    batch = base.batch()
     wanted = base.runner.step(model, batch).loss_sum
     s = testing.tiny("rgpt2ish")
     torch.testing.assert_close(s.runner.step(model, batch).loss_sum, wanted)
     chunks = zip(batch.ids.split(3, 1), batch.targets.split(3, 1), strict=True)
     apart = sum(base.runner.step(model, Batch(i, t)).loss_sum for i, t in chunks)
-    torch.testing.assert_close(testing.tiny("rgpt2ish_stateless").runner.step(model, batch).loss_sum, apart)
+    torch.testing.assert_close(
+        testing.tiny("rgpt2ish_stateless").runner.step(model, batch).loss_sum, apart
+    )
     whole, cut = (testing._gradients(x, model, [batch]) for x in (base, s))
-    assert any(not torch.allclose(whole[n], cut[n]) for n in whole), "gradients must end at the chunks' borders"
+    assert any(not torch.allclose(whole[n], cut[n]) for n in whole), (
+        "gradients must end at the chunks' borders"
+    )
 
 
 # ---------------------------------------------------------------- copies
@@ -258,7 +305,9 @@ def test_copies_of_the_predictor_agree() -> None:
     for idea, settings in (("uw1", {"vectors": "predicted"}), ("sac1", {})):
         m = module(idea)
         c = m.Config(embed_dim=8, num_heads=2, exp_mul=2.0, depth=2, **settings)
-        predictor = seeded(m.Predictor(c, [m.UnifiedLinear(8, 8, c, "a"), m.UnifiedLinear(8, 32, c, "b")]))
+        predictor = seeded(
+            m.Predictor(c, [m.UnifiedLinear(8, 8, c, "a"), m.UnifiedLinear(8, 32, c, "b")])
+        )
         made.append(predictor())
     for path in ("a", "b"):
         assert made[0][path].keys() == made[1][path].keys()
@@ -267,10 +316,13 @@ def test_copies_of_the_predictor_agree() -> None:
 
 
 def test_copies_of_the_learning_rates_agree() -> None:
-    """Parameters of one name learn at one rate in uw and sacrificial, and the plain vectors in combined too."""
+    """Parameters of one name learn at one rate in uw and sacrificial, and the plain vectors in
+    combined too."""
     rates: list[dict[str, float]] = []
     for variant in ("uw2", "sac2", "uw1", "all1"):
-        sizes = {"exp_mul": 2.0, "depth": 1, "block_norms": True} if variant in ("uw2", "sac2") else {}
+        sizes = (
+            {"exp_mul": 2.0, "depth": 1, "block_norms": True} if variant in ("uw2", "sac2") else {}
+        )
         s = testing.tiny(variant, **sizes)
         model = s.model()
         names = {id(p): name for name, p in model.named_parameters()}
@@ -288,9 +340,15 @@ def test_copies_of_the_unified_embedding_agree(act: str) -> None:
         m = module(idea)
         c = m.Config(embed_dim=8, num_heads=2, front_embed_mul=3.0, mid_mul=2.0, front_act=act)
         embedding = seeded(m.UnifiedEmbedding(11, c))
-        weights = [x for layer in (embedding.fc1, embedding.fc2) for x in (layer.weight, layer.bias)]
-        names = [f"tok_embed.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in ("weight", "bias")]
-        tables.append(embedding.table(*([dict(zip(names, weights, strict=True))] if idea == "sac1" else [])))
+        weights = [
+            x for layer in (embedding.fc1, embedding.fc2) for x in (layer.weight, layer.bias)
+        ]
+        names = [
+            f"tok_embed.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in ("weight", "bias")
+        ]
+        tables.append(
+            embedding.table(*([dict(zip(names, weights, strict=True))] if idea == "sac1" else []))
+        )
     torch.testing.assert_close(tables[1], tables[0])
     torch.testing.assert_close(tables[2], tables[0])
 
@@ -301,25 +359,33 @@ def test_copies_of_the_learned_add_agree(per_feature: bool) -> None:
     outs = []
     for idea in ("lra", "all1"):
         m = module(idea)
-        outs.append(seeded(m.LearnedAdd(m.Config(embed_dim=8, num_heads=2, per_feature=per_feature)))(x, f))
+        outs.append(
+            seeded(m.LearnedAdd(m.Config(embed_dim=8, num_heads=2, per_feature=per_feature)))(x, f)
+        )
     torch.testing.assert_close(*outs)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.startswith(("value_norm", "ue8x_value", "all1_value"))])
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if v.startswith(("value_norm", "ue8x_value", "all1_value"))]
+)
 def test_value_norm_is_a_layer_norm_of_the_heads_values(variant: str) -> None:
     s = testing.tiny(variant, **({"where": "all"} if variant.startswith("value") else {}))
     attention = s.moved(torch.float64).blocks[0].attn
     norm = attention.norms["v"] if hasattr(attention, "norms") else attention.value_norm
     values = torch.randn(2, 2, 5, 8, dtype=torch.float64)
-    centred = (values - values.mean(-1, keepdim=True)) / (values.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    centred = (values - values.mean(-1, keepdim=True)) / (
+        values.var(-1, unbiased=False, keepdim=True) + 1e-5
+    ).sqrt()
     torch.testing.assert_close(norm(values), centred * norm.weight + norm.bias)
 
 
 def test_every_field_of_a_config_has_its_reason_beside_it() -> None:
-    """A field that the baseline has not is marked and explained on its line."""
+    """A field that the baseline has not is explained on its line or above it."""
     base = {f.name for f in dataclasses.fields(module("gpt2ish").Config)}
     for source in SOURCES:
         if source.idea != "gpt2ish":
             text = source.path.read_text().splitlines()
             for name in set(source.config_fields) - base:
-                assert any(line.startswith(f"    {name}:") and "# CHANGED" in line for line in text), name
+                (at,) = (i for i, line in enumerate(text) if line.startswith(f"    {name}:"))
+                above = text[at - 1].strip().startswith("#")
+                assert above or "  # " in text[at], f"{source.idea}: {name}"

@@ -1,4 +1,5 @@
-"""Mamba and Mamba-2 against the transformers library's classes, and each scan against the loop over time."""
+"""Mamba and Mamba-2 against the transformers library's classes, and each scan against the loop over
+time."""
 
 from __future__ import annotations
 
@@ -18,10 +19,13 @@ import torch
 from conftest import Command, write_plan
 from torch import Tensor
 
-from lmplay import discover, export, probe, testing
+from lmplay import discover, testing
+from lmplay import model as probe
 from lmplay.api import Batch
-from lmplay.generate import Sampling, generate
-from lmplay.tokenizers import train_bpe
+from lmplay.data.tokenizers import train_bpe
+from lmplay.decoding import Sampling, generate
+from lmplay.errors import LmplayError
+from lmplay.export.hf import form_of, write_hf
 
 MAMBA, MAMBA2 = (discover.load(*discover.find(name)).module for name in ("mamba", "mamba2"))
 BOTH = ["mamba", "mamba2"]
@@ -36,7 +40,9 @@ def library(s: testing.Subject, model: torch.nn.Module) -> torch.nn.Module:
         transformers.AutoConfig.for_model(form.model_type, **form.config, pad_token_id=None)
     )
     own = dict(model.named_parameters())
-    missing, unexpected = theirs.load_state_dict({t: own[o] for t, o in form.names.items()}, strict=False)
+    missing, unexpected = theirs.load_state_dict(
+        {t: own[o] for t, o in form.names.items()}, strict=False
+    )
     assert set(missing) <= {"lm_head.weight"}
     assert not unexpected
     theirs.tie_weights()
@@ -47,16 +53,23 @@ def library(s: testing.Subject, model: torch.nn.Module) -> torch.nn.Module:
 def test_logits_and_gradients_equal_the_transformers_librarys(variant: str) -> None:
     s = testing.tiny(variant, max_len=70)  # more than one chunk of either scan
     model = s.moved()
-    theirs, batch, form = library(s, model), s.batch(), s.runner.to_hf(model)
+    theirs = library(s, model)
+    batch = s.batch()
+    form = s.runner.to_hf(model)
     logits = theirs(batch.ids).logits
     torch.testing.assert_close(model.head(model(batch.ids)), logits, rtol=1e-4, atol=1e-4)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), reduction="sum"
+    )
     loss.backward()
     s.runner.step(model, batch).loss_sum.backward()
-    gradients, own = dict(theirs.named_parameters()), dict(model.named_parameters())
+    gradients = dict(theirs.named_parameters())
+    own = dict(model.named_parameters())
     for name, ours in form.names.items():
         scale = float(gradients[name].grad.abs().max())
-        torch.testing.assert_close(own[ours].grad, gradients[name].grad, rtol=1e-3, atol=1e-4 * scale, msg=name)
+        torch.testing.assert_close(
+            own[ours].grad, gradients[name].grad, rtol=1e-3, atol=1e-4 * scale, msg=name
+        )
 
 
 @pytest.mark.parametrize("variant", BOTH)
@@ -68,7 +81,8 @@ def test_weights_come_back_from_the_transformers_library(variant: str) -> None:
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    model, state = s.model(seed=1), theirs.state_dict()
+    model = s.model(seed=1)
+    state = theirs.state_dict()
     names = s.runner.to_hf(model).names
     assert set(names.values()) == {n for n, _ in model.named_parameters()}
     model.load_state_dict({ours: state[name] for name, ours in names.items()}, strict=False)
@@ -81,7 +95,9 @@ def test_parameter_counts(variant: str, millions: float) -> None:
     experiment = discover.load(*discover.find(variant))
     config = experiment.config_type(**experiment.source.variants[variant], vocab_size=12515)
     with torch.device("meta"):
-        count, _ = probe.parameter_counts(experiment.runner(config), experiment.runner(config).build())
+        count, _ = probe.parameter_counts(
+            experiment.runner(config), experiment.runner(config).build()
+        )
     assert round(count / 1e6, 1) == millions
 
 
@@ -110,14 +126,17 @@ def inputs2(length: int, size: float, dtype: torch.dtype = torch.float64) -> lis
     """x, delta, A, B, C, state of Mamba-2's."""
     shapes = [(2, length, 3, 4), (2, length, 3), (3,), (2, length, 5), (2, length, 5), (2, 3, 4, 5)]
     made = [torch.randn(shape, dtype=dtype) for shape in shapes]
-    made[1], made[2] = size * made[1].abs() ** 4, -made[2].abs()
+    made[1] = size * made[1].abs() ** 4
+    made[2] = -made[2].abs()
     return made
 
 
 SCANS = [(MAMBA, inputs1), (MAMBA2, inputs2)]
 
 
-def run(scan: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+def run(
+    scan: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Output, last state, and the gradients of the inputs but the state."""
     leaves = [v.clone().requires_grad_() for v in inputs[:-1]]
     out, state = scan(*leaves, inputs[-1])
@@ -127,9 +146,12 @@ def run(scan: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor]) -> tup
 
 @pytest.mark.parametrize(("module", "inputs"), SCANS, ids=BOTH)
 @pytest.mark.parametrize("length", [1, 2, 5, 16, 17, 64, 65, 150])
-def test_chunked_scan_is_the_loop(module: Any, inputs: Callable[..., list[Tensor]], length: int) -> None:
+def test_chunked_scan_is_the_loop(
+    module: Any, inputs: Callable[..., list[Tensor]], length: int
+) -> None:
     given = inputs(length, 1.0)
-    expected, got = run(module.naive_scan, given), run(module.chunked_scan, given)
+    expected = run(module.naive_scan, given)
+    got = run(module.chunked_scan, given)
     for a, b in zip((*got[:2], *got[2]), (*expected[:2], *expected[2]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -139,18 +161,22 @@ def test_chunked_scan_is_the_loop(module: Any, inputs: Callable[..., list[Tensor
 def test_extreme_steps(module: Any, inputs: Callable[..., list[Tensor]], size: float) -> None:
     """From hardly moving to forgetting all at once: finite, and still the loop."""
     given = inputs(100, size)
-    expected, got = run(module.naive_scan, given), run(module.chunked_scan, given)
+    expected = run(module.naive_scan, given)
+    got = run(module.chunked_scan, given)
     for a, b in zip((*got[:2], *got[2]), (*expected[:2], *expected[2]), strict=True):
         assert bool(a.isfinite().all())
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * max(1.0, float(b.abs().max())))
     single = run(module.chunked_scan, [v.float() for v in given])
     for a, b in zip((*single[:2], *single[2]), (*expected[:2], *expected[2]), strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=2e-3, atol=2e-3 * max(1.0, float(b.abs().max())))
+        torch.testing.assert_close(
+            a.double(), b, rtol=2e-3, atol=2e-3 * max(1.0, float(b.abs().max()))
+        )
 
 
 @pytest.mark.parametrize(("module", "inputs"), SCANS, ids=BOTH)
 def test_bf16_keeps_its_state_in_float32(module: Any, inputs: Callable[..., list[Tensor]]) -> None:
-    """Inputs of bf16 under autocast: states are float32, and the output is bf16's rounding away from float64's."""
+    """Inputs of bf16 under autocast: states are float32, and the output is bf16's rounding away
+    from float64's."""
     wide = inputs(300, 0.05)
     narrow = [v.bfloat16() if v.ndim >= 3 and v.dtype == torch.float64 else v.float() for v in wide]
     narrow[-1] = wide[-1].float()
@@ -177,7 +203,14 @@ def test_memory_does_not_grow_with_length_times_states() -> None:
             return t
 
         e = 32
-        shapes = [(1, length, e), (1, length, e), (e, states), (1, length, states), (1, length, states), (e,)]
+        shapes = [
+            (1, length, e),
+            (1, length, e),
+            (e, states),
+            (1, length, states),
+            (1, length, states),
+            (e,),
+        ]
         made = [torch.randn(s).requires_grad_() for s in (*shapes, (1, length, e), (e,))]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             MAMBA.chunked_scan(*made, torch.zeros(1, states, e))
@@ -226,9 +259,13 @@ def test_mamba_kernel_is_called_as_its_documentation_says(monkeypatch: pytest.Mo
         assert delta_softplus
         assert return_last_state
         step = torch.nn.functional.softplus(delta + delta_bias[:, None])
-        h, ys = torch.zeros(len(u), *A.shape, dtype=u.dtype), []
+        h = torch.zeros(len(u), *A.shape, dtype=u.dtype)
+        ys = []
         for t in range(u.shape[2]):
-            h = torch.exp(step[:, :, t, None] * A) * h + (step * u)[:, :, t, None] * B[:, None, :, t]
+            h = (
+                torch.exp(step[:, :, t, None] * A) * h
+                + (step * u)[:, :, t, None] * B[:, None, :, t]
+            )
             ys.append((h * C[:, None, :, t]).sum(-1))
         return (torch.stack(ys, 2) + u * D[:, None]) * torch.nn.functional.silu(z), h
 
@@ -241,11 +278,14 @@ def test_mamba_kernel_is_called_as_its_documentation_says(monkeypatch: pytest.Mo
     assert not MAMBA.has_kernel(torch.device("cpu"))
 
 
-def test_mamba2_kernels_are_called_as_their_documentation_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mamba2_kernels_are_called_as_their_documentation_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def chunk_simple_gla(q, k, v, g, scale, initial_state, output_final_state):
         """q, k (B, T, H, K), v (B, T, H, V), g (B, T, H) log decays; states (B, H, K, V)."""
         assert output_final_state
-        h, ys = initial_state, []
+        h = initial_state
+        ys = []
         for t in range(q.shape[1]):
             h = g[:, t].exp()[..., None, None] * h + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
             ys.append(scale * (q[:, t].unsqueeze(-1) * h).sum(-2))
@@ -259,7 +299,11 @@ def test_mamba2_kernels_are_called_as_their_documentation_says(monkeypatch: pyte
 
     given = inputs2(9, 1.0)
     expected = run(MAMBA2.naive_scan, given)
-    fake(monkeypatch, "mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=mamba_chunk_scan_combined)
+    fake(
+        monkeypatch,
+        "mamba_ssm.ops.triton.ssd_combined",
+        mamba_chunk_scan_combined=mamba_chunk_scan_combined,
+    )
     fake(monkeypatch, "fla.ops.simple_gla", chunk_simple_gla=chunk_simple_gla)
     for package in ("mamba-ssm", "flash-linear-attention"):
         monkeypatch.setattr(MAMBA2, "INSTALLED", package)
@@ -269,12 +313,19 @@ def test_mamba2_kernels_are_called_as_their_documentation_says(monkeypatch: pyte
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(("module", "inputs", "packages"), [
-    (MAMBA, inputs1, {True: "mamba_ssm"}),
-    (MAMBA2, inputs2, {"mamba-ssm": "mamba_ssm", "flash-linear-attention": "fla"}),
-], ids=BOTH)  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "inputs", "packages"),
+    [
+        (MAMBA, inputs1, {True: "mamba_ssm"}),
+        (MAMBA2, inputs2, {"mamba-ssm": "mamba_ssm", "flash-linear-attention": "fla"}),
+    ],
+    ids=BOTH,
+)
 def test_real_kernels_are_the_loop(
-    module: Any, inputs: Callable[..., list[Tensor]], packages: dict[Any, str], monkeypatch: pytest.MonkeyPatch
+    module: Any,
+    inputs: Callable[..., list[Tensor]],
+    packages: dict[Any, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Output, state and gradients of every kernel that is installed here."""
     there = {value: name for value, name in packages.items() if importlib.util.find_spec(name)}
@@ -291,7 +342,8 @@ def test_real_kernels_are_the_loop(
 
 
 def test_which_scan_runs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    cpu = torch.device("cpu")
+    cuda = torch.device("cuda")
     for module, nothing, package in ((MAMBA, False, True), (MAMBA2, None, "mamba-ssm")):
         runner = module.Runner(module.Config())
         monkeypatch.setattr(module, "INSTALLED", nothing)
@@ -314,7 +366,12 @@ def test_decoding_goes_on_past_max_len_with_a_state_that_does_not_grow(variant: 
     s = testing.tiny(variant)
     model = s.model().eval()
     length = 3 * s.config.max_len
-    got = [row[0] for row in generate(s.runner, model, [1, 2, 3], length, s.runner.window(), 23, Sampling(False))]
+    got = [
+        row[0]
+        for row in generate(
+            s.runner, model, [1, 2, 3], length, s.runner.window(), 23, Sampling(False)
+        )
+    ]
     ids = torch.tensor([[1, 2, 3, *got]])
     with torch.no_grad():
         logits = model.head(model(ids))[0, 2:-1]
@@ -337,20 +394,25 @@ def test_the_hybrid_has_both_kinds_of_block_and_a_window() -> None:
 
 @pytest.mark.parametrize("variant", BOTH)
 def test_the_hf_folder_is_the_model(variant: str, command: Command, tmp_path: Path) -> None:
-    """Trained, written by lmp_cleanmodel, and read by the transformers library: the same greedy text."""
+    """Trained, written by lmp_cleanmodel, and read by the transformers library: the same greedy
+    text."""
     plan = write_plan(tmp_path, tokenizer={"kind": "bpe", "vocab_size": 300})
     assert command("lmp_trainer", "--exp", variant, "--training-plan", str(plan)).returncode == 0
     run = f"gpt_out/tiny/{variant}-s0"
     done = command("lmp_cleanmodel", run, "--format", "hf", "--out", "hf")
     assert done.returncode == 0, done.stderr
     assert f"the transformers library's {variant}" in done.stdout
-    text = command("lmp_generator", "the quick", "--model", run, "--max-len", "20").stdout.rstrip("\n")
+    text = command("lmp_generator", "the quick", "--model", run, "--max-len", "20").stdout.rstrip(
+        "\n"
+    )
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     ids = tokenizer("the quick", return_tensors="pt", add_special_tokens=False).input_ids
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20
+    )
     assert tokenizer.decode(out[0], skip_special_tokens=True).rstrip() == text.rstrip()
     assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == variant
     refused = command("lmp_cleanmodel", run, "--format", "gguf")
@@ -361,23 +423,30 @@ def test_the_hf_folder_is_the_model(variant: str, command: Command, tmp_path: Pa
 def test_a_form_that_does_not_fit_is_told(tmp_path: Path) -> None:
     s = testing.tiny("mamba")
     model = s.model()
-    form = s.runner.to_hf(model)
-    short = dataclasses.replace(form, names=dict(list(form.names.items())[1:]))
-    with pytest.raises(export.LmplayError, match="has other parameters"):
-        export.write_form(tmp_path / "hf", short, model, train_bpe(["a b"], 257), 12)
+    form = form_of(s.experiment, s.runner, model)
+    short = dataclasses.replace(form, tensors=dict(list(form.tensors.items())[1:]))
+    with pytest.raises(LmplayError, match="has other parameters"):
+        write_hf(tmp_path / "hf", short, train_bpe(["a b"], 257), 12)
 
 
 @pytest.mark.parametrize("variant", ["mamba", "mamba2"])
-def test_long_contexts_train_without_special_care(variant: str, command: Command, tmp_path: Path) -> None:
-    """A plan of 8192 positions, in less memory than one tensor (T, H, T) or (T, E, N) a head or state would take."""
+def test_long_contexts_train_without_special_care(
+    variant: str, command: Command, tmp_path: Path
+) -> None:
+    """A plan of 8192 positions, in less memory than one tensor (T, H, T) or (T, E, N) a head or
+    state would take."""
     sizes = {"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "max_len": 8192, "dropout": 0.0}
     steps = [{"step_name": "words", "datasets": ["words"], "steps": 2}]
     batch = {"batch_size": 1, "grad_clip": 1.0}
     plan = write_plan(tmp_path, model=sizes, steps=steps, batch=batch)
-    done = command("lmp_trainer", "--exp", variant, "--training-plan", str(plan), "--mini-batch-size", "1")
+    done = command(
+        "lmp_trainer", "--exp", variant, "--training-plan", str(plan), "--mini-batch-size", "1"
+    )
     assert done.returncode == 0, done.stderr
     assert "tokens: 16384" in done.stdout
-    s, ids, kept = testing.tiny(variant, num_blocks=1, max_len=8192, state_dim=128), torch.zeros(1, 8192).long(), 0
+    s = testing.tiny(variant, num_blocks=1, max_len=8192, state_dim=128)
+    ids = torch.zeros(1, 8192).long()
+    kept = 0
 
     def pack(t: Tensor) -> Tensor:
         nonlocal kept
@@ -386,14 +455,16 @@ def test_long_contexts_train_without_special_care(variant: str, command: Command
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         s.runner.step(s.model(), Batch(ids, ids))
-    assert kept < 8192 * 32 * 128 / 2  # half of the states of all positions, which naive scans keep several times
+    # half of the states of all positions, which naive scans keep several times
+    assert kept < 8192 * 32 * 128 / 2
 
 
 def test_a_text_read_in_pieces_is_the_text() -> None:
     """States of either scan are carried, over more positions than a chunk has."""
     for variant in (*BOTH, "hybrid"):
         s = testing.tiny(variant, max_len=90)
-        model, ids = s.moved(torch.float64).eval(), s.batch().ids
+        model = s.moved(torch.float64).eval()
+        ids = s.batch().ids
         cache = s.runner.new_cache(model, len(ids), 90)
         with torch.no_grad():
             whole, _ = s.runner.logits(model, ids)

@@ -1,4 +1,5 @@
-"""The order book against one that is obviously right, against an independent library, and against its own rules."""
+"""The order book against one that is obviously right, against an independent library, and against
+its own rules."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from pyorderbook import ask, bid
 from lmplay.market.book import ASK, BID, Book, BookError
 
 # Few prices and sizes, so that queues form, orders cross and ids are asked for that are gone.
-ADD = st.tuples(st.just("add"), st.sampled_from((BID, ASK)), st.integers(95, 105), st.integers(1, 6))
+ADD = st.tuples(
+    st.just("add"), st.sampled_from((BID, ASK)), st.integers(95, 105), st.integers(1, 6)
+)
 REDUCE = st.tuples(st.just("reduce"), st.integers(0, 30), st.integers(1, 6))
 REPLACE = st.tuples(st.just("replace"), st.integers(0, 30), st.integers(95, 105), st.integers(1, 6))
 ACTIONS = st.lists(st.one_of(ADD, ADD, REDUCE, REPLACE), max_size=60)
@@ -27,10 +30,16 @@ class Naive:
         self.horizon = horizon
         self.seen: int | None = None  # the last mid price
 
-    def add(self, id: int, side: int, price: int, size: int, time: int) -> list[tuple[int, int, int, int]]:
+    def add(
+        self, id: int, side: int, price: int, size: int, time: int
+    ) -> list[tuple[int, int, int, int]]:
         fills = []
         while size:
-            others = [o for o in self.orders if o[1] != side and (o[2] <= price if side == BID else o[2] >= price)]
+            others = [
+                o
+                for o in self.orders
+                if o[1] != side and (o[2] <= price if side == BID else o[2] >= price)
+            ]
             if not others:
                 break
             best = (min if side == BID else max)(o[2] for o in others)
@@ -39,7 +48,11 @@ class Naive:
             size -= taken
             self.take(hit[0], taken)
             fills.append((hit[0], best, taken, hit[3]))
-        far = self.horizon is not None and self.seen is not None and abs(price - self.seen) > self.horizon
+        far = (
+            self.horizon is not None
+            and self.seen is not None
+            and abs(price - self.seen) > self.horizon
+        )
         if size and not far:
             self.orders.append([id, side, price, size, time])
         self.prune()
@@ -89,14 +102,17 @@ def check_rules(book: Book) -> None:
 @settings(max_examples=150, deadline=None)
 @given(actions=ACTIONS)
 def test_against_brute_force(horizon: int | None, actions: list[tuple[Any, ...]]) -> None:
-    book, naive = Book(), Naive(horizon)
+    book = Book()
+    naive = Naive(horizon)
     if horizon is not None:
         book.set_horizon(horizon)
     entered = left = 0
     for time, action in enumerate(actions):
         if action[0] == "add":
             fills = book.add(time, *action[1:], time)
-            assert [(f.id, f.price, f.size, f.left) for f in fills] == naive.add(time, *action[1:], time)
+            assert [(f.id, f.price, f.size, f.left) for f in fills] == naive.add(
+                time, *action[1:], time
+            )
             entered += action[3]
             left += 2 * sum(f.size for f in fills)
         elif action[0] == "reduce":
@@ -124,27 +140,40 @@ def test_against_brute_force(horizon: int | None, actions: list[tuple[Any, ...]]
         assert book.state() == naive.state()
         check_rules(book)
         if horizon is None:
-            assert sum(o.size for o in book.orders.values()) == entered - left, "volume came from or went nowhere"
+            assert sum(o.size for o in book.orders.values()) == entered - left, (
+                "volume came from or went nowhere"
+            )
         else:
             mid = book.mid()
             assert mid is None or all(abs(o.price - mid) <= horizon for o in book.orders.values())
 
 
 @settings(max_examples=100, deadline=None)
-@given(actions=st.lists(st.one_of(ADD, ADD, st.tuples(st.just("cancel"), st.integers(0, 30))), max_size=50))
+@given(
+    actions=st.lists(
+        st.one_of(ADD, ADD, st.tuples(st.just("cancel"), st.integers(0, 30))), max_size=50
+    )
+)
 def test_against_an_independent_library(actions: list[tuple[Any, ...]]) -> None:
-    """pyorderbook: the same trades at the same prices against the same orders, and the same depth."""
-    book, theirs, orders = Book(), TheirBook(), {}
+    """pyorderbook: the same trades at the same prices against the same orders, and the same
+    depth."""
+    book = Book()
+    theirs = TheirBook()
+    orders = {}
     ids = {}
     for time, action in enumerate(actions):
         if action[0] == "add":
             _, side, price, size = action
             order = (bid if side == BID else ask)("X", price, size)
-            orders[time], ids[order.id] = order, time
+            orders[time] = order
+            ids[order.id] = time
             blotter = theirs.match(order)
             fills = book.add(time, side, price, size, time)
-            # Their names for the two sides of a trade depend on the version; the resting order's is the other one.
-            assert [(f.price, f.size) for f in fills] == [(int(t.fill_price), t.fill_quantity) for t in blotter.trades]
+            # Their names for the two sides of a trade depend on the version; the resting order's is
+            # the other one.
+            assert [(f.price, f.size) for f in fills] == [
+                (int(t.fill_price), t.fill_quantity) for t in blotter.trades
+            ]
             assert [f.id for f in fills] == [ids[t.standing_order_id] for t in blotter.trades]
         elif action[1] in book.orders:
             rest = book.orders[action[1]]
@@ -156,8 +185,10 @@ def test_against_an_independent_library(actions: list[tuple[Any, ...]]) -> None:
         for side, their_side in ((BID, "bid"), (ASK, "ask")):
             depth = {
                 int(level.price): sum(o.quantity for o in level.orders.values())
-                for s, levels in theirs.levels["X"].items() if str(s) == their_side for level in levels
-            }  # fmt: skip
+                for s, levels in theirs.levels["X"].items()
+                if str(s) == their_side
+                for level in levels
+            }
             assert dict(book.depth(side, 100)) == depth
 
 
@@ -166,10 +197,14 @@ def test_what_the_book_refuses_leaves_it_as_it_was() -> None:
     book.add(1, BID, 100, 5, 0)
     before = book.state()
     for refused in (
-        lambda: book.add(1, BID, 99, 5, 1), lambda: book.add(2, BID, 99, 0, 1), lambda: book.reduce(1, 6),
-        lambda: book.reduce(1, 0), lambda: book.reduce(9, 1), lambda: book.replace(9, 10, 99, 1, 1),
+        lambda: book.add(1, BID, 99, 5, 1),
+        lambda: book.add(2, BID, 99, 0, 1),
+        lambda: book.reduce(1, 6),
+        lambda: book.reduce(1, 0),
+        lambda: book.reduce(9, 1),
+        lambda: book.replace(9, 10, 99, 1, 1),
         lambda: book.replace(1, 2, 99, 0, 1),
-    ):  # fmt: skip
+    ):
         with pytest.raises(BookError):
             refused()
         assert book.state() == before

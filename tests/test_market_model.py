@@ -1,4 +1,5 @@
-"""The market transformer: its cache without end against full passes, and what each switch changes."""
+"""The market transformer: its cache without end against full passes, and what each switch
+changes."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def logits(s: Subject, model: torch.nn.Module, ids: torch.Tensor) -> torch.Tenso
 @pytest.mark.parametrize("sink", [True, False])
 def test_stream_is_a_full_pass_until_something_leaves(sink: bool) -> None:
     s = subject(sink=sink)
-    model, ids = s.moved(torch.float64).eval(), s.batch(3).ids
+    model = s.moved(torch.float64).eval()
+    ids = s.batch(3).ids
     stream = s.runner.new_stream(model, 3, 1 + 4 * PIECE)
     at = 0
     with torch.no_grad():
@@ -35,7 +37,8 @@ def test_stream_is_a_full_pass_until_something_leaves(sink: bool) -> None:
 
 @pytest.mark.parametrize("sink", [True, False])
 def test_one_layer_after_the_first_left_is_a_fresh_pass_over_sink_and_window(sink: bool) -> None:
-    """In one layer nothing of what left lives on in the others, so a pass over what is held says the same."""
+    """In one layer nothing of what left lives on in the others, so a pass over what is held says
+    the same."""
     s = subject(num_blocks=1, sink=sink)
     model = s.moved(torch.float64).eval()
     ids = torch.randint(s.config.vocab_size, (2, 1 + 30 * PIECE))
@@ -72,13 +75,16 @@ def test_rows_go_their_own_ways_and_a_roll_back_leaves_no_trace() -> None:
             other.make_room(PIECE, PIECE)
             mark = other.mark()
             at = done.clamp(max=11)
-            piece = torch.stack([ids[r, 1 + n * PIECE : 1 + (n + 1) * PIECE] for r, n in enumerate(at.tolist())])
+            piece = torch.stack(
+                [ids[r, 1 + n * PIECE : 1 + (n + 1) * PIECE] for r, n in enumerate(at.tolist())]
+            )
             out, _ = s.runner.logits(model, piece, other)
             for r, n in enumerate(at.tolist()):
                 if int(done[r]) < 12:
                     torch.testing.assert_close(out[r], expected[n][r], rtol=1e-9, atol=1e-11)
             back = (torch.rand(3, generator=generator) < 0.4) | (done >= 12)
-            length, gone = mark[0].clone(), mark[1].clone()
+            length = mark[0].clone()
+            gone = mark[1].clone()
             other.roll_back(mark, back)
             assert torch.equal(other.length[back], length[back])
             assert torch.equal(other.gone[back], gone[back])
@@ -124,7 +130,8 @@ def test_far_along_a_stream_the_angles_are_still_right() -> None:
 
 def test_without_a_sink_no_position_sees_the_first() -> None:
     s = subject(sink=False)
-    model, ids = s.moved(torch.float64).eval(), s.batch().ids
+    model = s.moved(torch.float64).eval()
+    ids = s.batch().ids
     changed = ids.clone()
     changed[:, 0] = (changed[:, 0] + 1) % s.config.vocab_size
     with torch.no_grad():
@@ -135,7 +142,8 @@ def test_without_a_sink_no_position_sees_the_first() -> None:
 @pytest.mark.parametrize("variant", ["modern", "market_mamba"])
 def test_roll_back_of_whichever_model(variant: str) -> None:
     s = tiny(variant, max_len=24)
-    model, ids = s.moved(torch.float64).eval(), s.batch(2).ids
+    model = s.moved(torch.float64).eval()
+    ids = s.batch(2).ids
     stream = s.runner.new_stream(model, 2, 24)
     rows = torch.tensor([True, False])
     with torch.no_grad():

@@ -19,13 +19,13 @@ from lmplay.api import ModelRunner
 from lmplay.errors import LmplayError
 from lmplay.market import masks, score, session_run, simulate
 from lmplay.market.book import ASK, BID, Order
-from lmplay.market.data import Told
 from lmplay.market.decode import Reader
 from lmplay.market.events import ADD, CANCEL, EXECUTE, NA, REPLACE, Event, Market, Message
 from lmplay.market.messages import Messages
-from lmplay.market.session_run import Extent, beginnings, context_of
-from lmplay.market.sessions import Findings, replay
-from lmplay.market.simulate import Before, Settings, Simulator, is_loose, judge, repaired
+from lmplay.market.recorded import RecordedSession
+from lmplay.market.session_run import SimulationSize, beginnings, context_of
+from lmplay.market.sessions import DataIssues, replay
+from lmplay.market.simulate import PriceDraw, Settings, Simulator, check_message, is_loose, repaired
 from lmplay.testing import tiny
 
 M = Messages(["ZI"])
@@ -33,8 +33,8 @@ WITH_BOOK = Messages(["ZI"], "book")
 
 
 class Hasty(ModelRunner):
-    """A model that was not trained, but for that time passes slowly and prices are near: else every message would
-    come too late and be about nothing."""
+    """A model that was not trained, but for that time passes slowly and prices are near: else every
+    message would come too late and be about nothing."""
 
     def __init__(self, inner: ModelRunner):
         super().__init__(inner.config)
@@ -43,7 +43,9 @@ class Hasty(ModelRunner):
         self.bias[M.token("time", 0)] = 40.0
         self.bias[M.token("price", 0) : M.token("price", 8)] = 20.0
 
-    def logits(self, model: torch.nn.Module, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+    def logits(
+        self, model: torch.nn.Module, ids: torch.Tensor, cache: Any = None
+    ) -> tuple[torch.Tensor, Any]:
         logits, cache = self.inner.logits(model, ids, cache)
         return 3 * logits + self.bias, cache
 
@@ -52,8 +54,8 @@ class Hasty(ModelRunner):
 
 
 @pytest.fixture(scope="module")
-def told() -> Told:
-    return Told(generated(30), 0, 0.5)
+def recorded() -> RecordedSession:
+    return RecordedSession(generated(30), 0, 0.5)
 
 
 def length_of(m: Messages) -> int:
@@ -61,18 +63,29 @@ def length_of(m: Messages) -> int:
 
 
 def simulator(
-    told: Told, settings: Settings, markets: int = 3, cached: bool = True, variant: str = "modern", m: Messages = M
+    recorded: RecordedSession,
+    settings: Settings,
+    markets: int = 3,
+    cached: bool = True,
+    variant: str = "modern",
+    m: Messages = M,
 ) -> Simulator:
     length = length_of(m)
     s = tiny(variant, vocab_size=m.vocab_size, max_len=length)
     model = s.moved(torch.float64).eval()
     reader = Reader(Hasty(s.runner), model, markets, length, m.width, cached)
-    begins = beginnings(told, markets)
-    return Simulator(reader, m, told.markets(begins), [context_of(told, m, b, length) for b in begins], settings)
+    begins = beginnings(recorded, markets)
+    return Simulator(
+        reader,
+        m,
+        recorded.markets(begins),
+        [context_of(recorded, m, b, length) for b in begins],
+        settings,
+    )
 
 
-def fresh_reader(told: Told, markets: int) -> Reader:
-    used = simulator(told, Settings(), markets).reader
+def fresh_reader(recorded: RecordedSession, markets: int) -> Reader:
+    used = simulator(recorded, Settings(), markets).reader
     return Reader(used.runner, used.model, markets, length_of(M), M.width)
 
 
@@ -86,8 +99,10 @@ def run(sim: Simulator, rounds: int) -> list[tuple[int, Message, Any]]:
 
 
 @pytest.mark.parametrize("variant", ["modern", "market_mamba"])
-def test_with_both_masks_every_message_fits_its_book(told: Told, variant: str) -> None:
-    sim = simulator(told, Settings(), variant=variant)
+def test_with_both_masks_every_message_fits_its_book(
+    recorded: RecordedSession, variant: str
+) -> None:
+    sim = simulator(recorded, Settings(), variant=variant)
     happened = run(sim, 40)
     table = sim.tally.table()
     assert table["all"]["strict"] == 1.0
@@ -95,7 +110,8 @@ def test_with_both_masks_every_message_fits_its_book(told: Told, variant: str) -
     kinds = {m.kind for _, m, _ in happened}
     assert kinds >= {ADD, CANCEL, EXECUTE, REPLACE}
     for market in sim.markets:
-        bid, ask = market.book.best(BID), market.book.best(ASK)
+        bid = market.book.best(BID)
+        ask = market.book.best(ASK)
         assert bid is None or ask is None or bid < ask
 
 
@@ -103,18 +119,29 @@ def test_with_both_masks_every_message_fits_its_book(told: Told, variant: str) -
 @pytest.mark.parametrize("settings", [Settings(book=False), Settings()])
 @pytest.mark.parametrize("m", [M, WITH_BOOK], ids=["full", "book"])
 def test_what_the_model_remembers_is_what_happened(
-    told: Told, m: Messages, settings: Settings, variant: str, monkeypatch: pytest.MonkeyPatch
+    recorded: RecordedSession,
+    m: Messages,
+    settings: Settings,
+    variant: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With rejections, repairs and roll-backs in it, a cached simulation samples what one samples that reads the true
-    history anew for each token, as long as nothing has left the window."""
-    monkeypatch.setattr(simulate, "MOST_DRAWS", 2)  # so that draws that do not stand are taken as well
-    few = 4 if variant == "modern" else 2  # before the first of the context leaves; a Mamba never forgets
-    fast, slow = (simulator(told, settings, cached=c, variant=variant, m=m) for c in (True, False))
+    """With rejections, repairs and roll-backs in it, a cached simulation samples what one samples
+    that reads the true history anew for each token, as long as nothing has left the window."""
+    # so that draws that do not stand are taken as well
+    monkeypatch.setattr(simulate, "MOST_DRAWS", 2)
+    # before the first of the context leaves; a Mamba never forgets
+    few = 4 if variant == "modern" else 2
+    fast, slow = (
+        simulator(recorded, settings, cached=c, variant=variant, m=m) for c in (True, False)
+    )
     for sim in (fast, slow):  # a context of two messages leaves room for four
         sim._first = sim._first[:, -2 * m.width :]
-        sim.reader = Reader(sim.reader.runner, sim.reader.model, 3, length_of(m), m.width, sim is fast)
+        sim.reader = Reader(
+            sim.reader.runner, sim.reader.model, 3, length_of(m), m.width, sim is fast
+        )
         sim._unread = sim._prefill()
-    a, b = run(fast, few), run(slow, few)
+    a = run(fast, few)
+    b = run(slow, few)
     assert [(i, m, e) for i, m, e in a] == [(i, m, e) for i, m, e in b]
     assert fast.tally.verdicts == slow.tally.verdicts
     assert fast.undecided == slow.undecided
@@ -124,8 +151,8 @@ def test_what_the_model_remembers_is_what_happened(
         assert sum(n for (_, v), n in fast.tally.verdicts.items() if v != "valid") > 0
 
 
-def test_a_repaired_message_is_remembered_as_it_happened(told: Told) -> None:
-    sim = simulator(told, Settings(book=False), markets=2)
+def test_a_repaired_message_is_remembered_as_it_happened(recorded: RecordedSession) -> None:
+    sim = simulator(recorded, Settings(book=False), markets=2)
     for _ in range(30):
         events = []
         for b, _, event in sim.round([True, True]):
@@ -138,12 +165,15 @@ def test_a_repaired_message_is_remembered_as_it_happened(told: Told) -> None:
     assert sim.happened < sim.sampled
 
 
-@pytest.mark.parametrize("settings", [Settings(grammar=False, book=False), Settings(book=False), Settings()])
+@pytest.mark.parametrize(
+    "settings", [Settings(grammar=False, book=False), Settings(book=False), Settings()]
+)
 def test_each_message_is_told_beside_the_best_prices_that_it_meets(
-    told: Told, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    recorded: RecordedSession, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The three tokens are the harness's to give, whatever the masks, and after a message that did not happen too."""
-    sim = simulator(told, settings, markets=2, m=WITH_BOOK)
+    """The three tokens are the harness's to give, whatever the masks, and after a message that did
+    not happen too."""
+    sim = simulator(recorded, settings, markets=2, m=WITH_BOOK)
     sampled: list[np.ndarray] = []
     sample = sim._sample
 
@@ -160,8 +190,10 @@ def test_each_message_is_told_beside_the_best_prices_that_it_meets(
     assert len(sampled) == 12
 
 
-def test_without_masks_what_is_no_message_is_counted_and_rejected(told: Told) -> None:
-    sim = simulator(told, Settings(grammar=False, book=False), markets=1)
+def test_without_masks_what_is_no_message_is_counted_and_rejected(
+    recorded: RecordedSession,
+) -> None:
+    sim = simulator(recorded, Settings(grammar=False, book=False), markets=1)
     with pytest.raises(LmplayError, match="100 messages in a row were rejected"):
         run(sim, 200)
     assert sim.tally.table()["unreadable"]["no_grammar"] == 1.0
@@ -169,7 +201,9 @@ def test_without_masks_what_is_no_message_is_counted_and_rejected(told: Told) ->
 
 
 def book_of_three() -> Market:
-    return Market(0, [Order(1, BID, 99, 5, 10), Order(2, BID, 99, 7, 20), Order(3, ASK, 101, 4, 30)], time=100)
+    return Market(
+        0, [Order(1, BID, 99, 5, 10), Order(2, BID, 99, 7, 20), Order(3, ASK, 101, 4, 30)], time=100
+    )
 
 
 def test_the_touch_is_the_spread_and_the_leading_digits_of_the_best_volumes() -> None:
@@ -197,25 +231,63 @@ CANCEL_OF_2 = Message(0, CANCEL, BID, -1, 7, 0, 5, 105, -1, 7, 20)
         ({"ref_price": -2}, "reference", False, None),
         ({"ref_time": 21}, "reference", True, (CANCEL, 2, 7)),  # of its size
         ({"ref_size": 6}, "reference", True, (CANCEL, 2, 7)),  # of its time
-        ({"ref_size": 6, "ref_time": 21}, "reference", True, (CANCEL, 1, 5)),  # the front, and no more than it has
+        (
+            {"ref_size": 6, "ref_time": 21},
+            "reference",
+            True,
+            (CANCEL, 1, 5),
+        ),  # the front, and no more than it has
         ({"size": 8}, "valid", True, (CANCEL, 2, 7)),  # at least what is left: a delete
         ({"size": 3}, "valid", True, (CANCEL, 2, 7)),  # nothing remains, it says
         ({"size": 3, "remaining": 4}, "valid", True, (CANCEL, 2, 3)),
-        ({"kind": EXECUTE, "ref_size": 5, "ref_time": 10, "size": 6}, "size", True, (EXECUTE, 1, 5)),
+        (
+            {"kind": EXECUTE, "ref_size": 5, "ref_time": 10, "size": 6},
+            "size",
+            True,
+            (EXECUTE, 1, 5),
+        ),
         ({"size": 0}, "size", True, None),
         ({"kind": EXECUTE}, "front", True, (EXECUTE, 1, 5)),
-        ({"kind": EXECUTE, "ref_size": 5, "ref_time": 10, "size": 3}, "valid", True, (EXECUTE, 1, 3)),
-        ({"kind": REPLACE, "remaining": NA, "price": -3, "size": 50}, "valid", True, (REPLACE, 2, 50)),
-        ({"kind": REPLACE, "remaining": NA, "price": -3, "size": 50, "ref_time": 1}, "reference", True,
-         (REPLACE, 2, 50)),
-        ({"kind": ADD, "price": 0, "remaining": NA, "ref_price": NA, "ref_size": NA, "ref_time": NA}, "valid", True,
-         (ADD, 4, 7)),
+        (
+            {"kind": EXECUTE, "ref_size": 5, "ref_time": 10, "size": 3},
+            "valid",
+            True,
+            (EXECUTE, 1, 3),
+        ),
+        (
+            {"kind": REPLACE, "remaining": NA, "price": -3, "size": 50},
+            "valid",
+            True,
+            (REPLACE, 2, 50),
+        ),
+        (
+            {"kind": REPLACE, "remaining": NA, "price": -3, "size": 50, "ref_time": 1},
+            "reference",
+            True,
+            (REPLACE, 2, 50),
+        ),
+        (
+            {
+                "kind": ADD,
+                "price": 0,
+                "remaining": NA,
+                "ref_price": NA,
+                "ref_size": NA,
+                "ref_time": NA,
+            },
+            "valid",
+            True,
+            (ADD, 4, 7),
+        ),
     ],
-)  # fmt: skip
-def test_verdicts_and_repairs(change: dict[str, int], verdict: str, loose: bool, becomes: Any) -> None:
-    market, message = book_of_three(), CANCEL_OF_2._replace(**change)
-    assert judge(market, message, True)[0] == verdict
-    assert judge(market, message, False)[0] == "grammar"
+)
+def test_verdicts_and_repairs(
+    change: dict[str, int], verdict: str, loose: bool, becomes: Any
+) -> None:
+    market = book_of_three()
+    message = CANCEL_OF_2._replace(**change)
+    assert check_message(market, message, True)[0] == verdict
+    assert check_message(market, message, False)[0] == "grammar"
     assert is_loose(market, message) == loose
     if verdict == "valid":
         event = market.interpret(message)
@@ -266,7 +338,8 @@ def test_a_book_mask_leaves_only_what_rests() -> None:
 
 
 class LastToken:
-    """Stands in for a reader: what comes next depends on the last token alone, so nothing has to be remembered."""
+    """Stands in for a reader: what comes next depends on the last token alone, so nothing has to be
+    remembered."""
 
     def __init__(self, table: torch.Tensor):
         self.table = table
@@ -283,30 +356,44 @@ class LastToken:
 
 @pytest.mark.parametrize("draws", [16, 5])
 def test_a_cancel_names_what_rests_as_often_as_the_model_would(
-    told: Told, draws: int, monkeypatch: pytest.MonkeyPatch
+    recorded: RecordedSession, draws: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Price and size of masked samples against the model's own probabilities of the orders that rest: a price is not
-    more likely for having few orders. Also where few draws are made, and one of those that did not stand is taken."""
+    """Price and size of masked samples against the model's own probabilities of the orders that
+    rest: a price is not more likely for having few orders. Also where few draws are made, and one
+    of those that did not stand is taken."""
     monkeypatch.setattr(simulate, "MOST_DRAWS", draws)
     rows = 1500
-    sim = simulator(told, Settings())
+    sim = simulator(recorded, Settings())
     orders = [(99, 5), (99, 7), (98, 5), (97, 3), (90, 400)]
-    market = Market(0, [Order(i, BID, p, s, i) for i, (p, s) in enumerate(orders, 1)] + [Order(9, ASK, 101, 4, 9)], 100)
+    market = Market(
+        0,
+        [Order(i, BID, p, s, i) for i, (p, s) in enumerate(orders, 1)] + [Order(9, ASK, 101, 4, 9)],
+        100,
+    )
     sim.markets = [market] * rows
     table = torch.full((M.vocab_size, M.vocab_size), -30.0)
-    minus, likely = M.token("sign", 0), {1: 3.0, 2: 1.0, 3: 2.0, 10: 0.5}  # ticks from the mid of 100
-    sizes = {1: {5: 2.0, 7: 0.5, 9: 3.0}, 2: {5: 1.0, 6: 1.5}, 3: {3: 0.0, 4: 2.5, 5: 1.0}, 10: {300: 1.0, 400: 0.0}}
+    # ticks from the mid of 100
+    minus = M.token("sign", 0)
+    likely = {1: 3.0, 2: 1.0, 3: 2.0, 10: 0.5}
+    sizes = {
+        1: {5: 2.0, 7: 0.5, 9: 3.0},
+        2: {5: 1.0, 6: 1.5},
+        3: {3: 0.0, 4: 2.5, 5: 1.0},
+        10: {300: 1.0, 400: 0.0},
+    }
     for distance, logit in likely.items():
         table[minus, M.token("price", distance)] = logit
         for size, logit_of_size in sizes[distance].items():
             table[M.token("price", distance), M.token("size", size)] = logit_of_size
     sim.reader = LastToken(table)  # type: ignore[assignment]
-    price_at, size_at = M.first["price"], M.first["size"]
+    price_at = M.first["price"]
+    size_at = M.first["size"]
     kind = (M.first["kind"], M.kind_token(CANCEL) - M.start["kind"])
     book_masks = [masked(market, kind, (M.first["side"], BID)) for _ in range(rows)]
     first = torch.zeros(rows, M.vocab_size)
-    before = Before(price_at, None, first, [copy(mask) for mask in book_masks])
-    tokens, logits = np.zeros((rows, M.width), np.int64), first
+    before = PriceDraw(price_at, None, first, [copy(mask) for mask in book_masks])
+    tokens = np.zeros((rows, M.width), np.int64)
+    logits = first
     for position in range(price_at, size_at + 1):
         if position == size_at:
             logits = sim._redraw(tokens, position, logits, book_masks, before)
@@ -315,14 +402,18 @@ def test_a_cancel_names_what_rests_as_often_as_the_model_would(
             mask.take(position, int(token) - M.start[M.layout[position][1]])
         logits = sim.reader.read(torch.from_numpy(tokens[:, position : position + 1]))
     named = [
-        (100 - int(p), int(s)) for p, s in tokens[:, [price_at + 1, size_at]] - [M.start["price"], M.start["size"]]
+        (100 - int(p), int(s))
+        for p, s in tokens[:, [price_at + 1, size_at]] - [M.start["price"], M.start["size"]]
     ]
     weights = {
-        (p, s): math.exp(likely[100 - p] + sizes[100 - p][s]) / sum(map(math.exp, sizes[100 - p].values()))
+        (p, s): math.exp(likely[100 - p] + sizes[100 - p][s])
+        / sum(map(math.exp, sizes[100 - p].values()))
         for p, s in orders
     }
     for order in orders:
-        assert named.count(order) / rows == pytest.approx(weights[order] / sum(weights.values()), abs=0.04), order
+        assert named.count(order) / rows == pytest.approx(
+            weights[order] / sum(weights.values()), abs=0.04
+        ), order
     assert sim.redrawn > rows / 2
     assert (sim.undecided > rows / 20) == (draws == 5)
 
@@ -331,7 +422,13 @@ def test_a_cancel_names_what_rests_as_often_as_the_model_would(
 @pytest.mark.parametrize("side", [BID, ASK])
 @pytest.mark.parametrize(
     "orders",
-    [[(BID, 100), (ASK, 101)], [(BID, 100), (ASK, 102)], [(BID, 90), (ASK, 117)], [(BID, 100)], [(ASK, 101)]],
+    [
+        [(BID, 100), (ASK, 101)],
+        [(BID, 100), (ASK, 102)],
+        [(BID, 90), (ASK, 117)],
+        [(BID, 100)],
+        [(ASK, 101)],
+    ],
 )
 def test_a_new_order_is_offered_every_price_at_which_it_rests_and_no_other(
     kind: int, side: int, orders: list[tuple[int, int]]
@@ -342,18 +439,24 @@ def test_a_new_order_is_offered_every_price_at_which_it_rests_and_no_other(
     for n, (of, price) in enumerate(orders, 3):
         market.book.add(n, of, price, 5, 2)
     if kind == REPLACE and not market.book.prices[side]:
-        assert side not in (allowed(masked(market, (1, kind)), 2) or []), "there is nothing to replace"
+        assert side not in (allowed(masked(market, (1, kind)), 2) or []), (
+            "there is nothing to replace"
+        )
         return
     offered = set()
     for sign in allowed(masked(market, (1, kind), (2, side)), 3) or [0, 1]:
         distances = allowed(masked(market, (1, kind), (2, side), (3, sign)), 4)
         offered |= {d if sign else -d for d in (range(1000) if distances is None else distances)}
-    assert offered == {d for d in range(-999, 1000) if not market.book.crosses(side, market.mid + d)}
+    assert offered == {
+        d for d in range(-999, 1000) if not market.book.crosses(side, market.mid + d)
+    }
 
 
-def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path) -> None:
+def test_files_are_written_and_read_as_what_happened(
+    recorded: RecordedSession, tmp_path: Path
+) -> None:
     shown: list[str] = []
-    reader = fresh_reader(told, 2)
+    reader = fresh_reader(recorded, 2)
     mine = tmp_path / "generated" / "AAPL_2012-06-21_34200000_57600000_message_10.csv"
     mine.parent.mkdir()
     mine.touch()
@@ -363,7 +466,9 @@ def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path)
     def show(progress: float, line: str) -> None:
         shown.append(line)
 
-    result = session_run.simulate(told, M, reader, length_of(M), Extent(2, 10.0, 25), Settings(), tmp_path, show)
+    result = session_run.simulate(
+        recorded, M, reader, length_of(M), SimulationSize(2, 10.0, 25), Settings(), tmp_path, show
+    )
     assert mine.exists(), "somebody's own market in the same folder"
     assert (tmp_path / "real" / "report.json").exists()
     mine.unlink()
@@ -381,32 +486,65 @@ def test_files_are_written_and_read_as_what_happened(told: Told, tmp_path: Path)
     assert (first["time"] == tapes[0].messages["time"]).all()
     assert (first["price"] == tapes[0].messages["price"]).all()
     [real] = score.read(tmp_path / "real")
-    assert len(real.messages) >= len(told.messages) - told.start
-    session_run.write_baseline(told, Extent(2, 10.0, 25), tmp_path / "baseline", 0)
+    assert len(real.messages) >= len(recorded.messages) - recorded.start
+    session_run.write_baseline(recorded, SimulationSize(2, 10.0, 25), tmp_path / "baseline", 0)
     assert len(score.read(tmp_path / "baseline")) == 2
     assert not list(tmp_path.rglob("*.tmp*"))
     with pytest.raises(LmplayError, match="--context 6: the model holds 5 messages"):
-        session_run.simulate(told, M, reader, length_of(M), Extent(2, 10.0, 25, context=6), Settings(), tmp_path, show)
+        session_run.simulate(
+            recorded,
+            M,
+            reader,
+            length_of(M),
+            SimulationSize(2, 10.0, 25, context=6),
+            Settings(),
+            tmp_path,
+            show,
+        )
     with pytest.raises(LmplayError):  # it cannot begin: nothing goes
-        session_run.simulate(told, M, reader, length_of(M), Extent(10**6, 10.0, 25), Settings(), tmp_path, show)
+        session_run.simulate(
+            recorded,
+            M,
+            reader,
+            length_of(M),
+            SimulationSize(10**6, 10.0, 25),
+            Settings(),
+            tmp_path,
+            show,
+        )
     assert len(score.read(tmp_path / "generated")) == 2
     again = session_run.simulate(
-        told, M, fresh_reader(told, 1), length_of(M), Extent(1, 10.0, 5, 2), Settings(), tmp_path, show
+        recorded,
+        M,
+        fresh_reader(recorded, 1),
+        length_of(M),
+        SimulationSize(1, 10.0, 5, 2),
+        Settings(),
+        tmp_path,
+        show,
     )
     assert (again["messages"], again["context"]) == (5, 2)
     assert len(score.read(tmp_path / "generated")) == 1, "the second market of before is gone"
-    assert not list((tmp_path / "baseline").glob("*.csv")), "or it would be compared with another simulation"
+    assert not list((tmp_path / "baseline").glob("*.csv")), (
+        "or it would be compared with another simulation"
+    )
 
 
-def test_an_interrupt_leaves_whole_files_of_what_was_simulated(told: Told, tmp_path: Path) -> None:
+def test_an_interrupt_leaves_whole_files_of_what_was_simulated(
+    recorded: RecordedSession, tmp_path: Path
+) -> None:
     def stop(progress: float, line: str) -> None:
         raise KeyboardInterrupt
 
-    reader = fresh_reader(told, 2)
-    result = session_run.simulate(told, M, reader, length_of(M), Extent(2, 10.0, 25), Settings(), tmp_path, stop)
+    reader = fresh_reader(recorded, 2)
+    result = session_run.simulate(
+        recorded, M, reader, length_of(M), SimulationSize(2, 10.0, 25), Settings(), tmp_path, stop
+    )
     assert result["interrupted"]
     assert len(score.read(tmp_path / "real")) == 1, "to compare it with"
-    assert sum(len(t.messages) for t in score.read(tmp_path / "generated")) >= result["messages"] == 2
+    assert (
+        sum(len(t.messages) for t in score.read(tmp_path / "generated")) >= result["messages"] == 2
+    )
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
@@ -422,7 +560,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = market_plan(folder)
     for variant in ("modern", "vanilla", "market_mamba"):
         settings = ["--seed", "1"] if variant == "modern" else []
-        result = call_command("lmp_trainer", "--exp", variant, "--training-plan", str(plan), *settings, cwd=folder)
+        result = call_command(
+            "lmp_trainer", "--exp", variant, "--training-plan", str(plan), *settings, cwd=folder
+        )
         assert result.returncode == 0, result.stderr
     return folder
 
@@ -436,7 +576,18 @@ def test_simulate_score_and_perplexity_run_and_say_what_they_found(
     trained: Path, command: Command, tmp_path: Path
 ) -> None:
     model = run_of(trained, "modern")
-    result = command("lmp_market", "simulate", "--model", model, "--markets", "2", "--messages", "30", "--save", "out")
+    result = command(
+        "lmp_market",
+        "simulate",
+        "--model",
+        model,
+        "--markets",
+        "2",
+        "--messages",
+        "30",
+        "--save",
+        "out",
+    )
     assert result.returncode == 0, result.stderr
     assert "messages/s" in result.stdout
     report = json.loads((tmp_path / "out" / "generated" / "report.json").read_text())
@@ -449,12 +600,24 @@ def test_simulate_score_and_perplexity_run_and_say_what_they_found(
     assert (tmp_path / "out" / "score" / "index.html").exists()
     for name in ("book", "paths", "distributions", "impact", "divergence"):
         assert (tmp_path / "out" / "score" / f"{name}.png").stat().st_size > 10_000
-    told = command("lmp_market", "perplexity", "--model", model, "--times", "2", "--streams", "2", "--save", "out")
-    assert told.returncode == 0, told.stderr
+    recorded = command(
+        "lmp_market",
+        "perplexity",
+        "--model",
+        model,
+        "--times",
+        "2",
+        "--streams",
+        "2",
+        "--save",
+        "out",
+    )
+    assert recorded.returncode == 0, recorded.stderr
     fields = pd.read_csv(tmp_path / "out" / "perplexity_by_field.csv", index_col=0)
     assert fields["tokens"].iloc[:-1].sum() == 24
     whole = pd.read_csv(Path(model) / "validate.csv")["loss"].iloc[-1]
-    assert fields.loc["all", "nats per token"] == pytest.approx(whole, rel=0.05)  # the validation set has more samples
+    # the validation set has more samples
+    assert fields.loc["all", "nats per token"] == pytest.approx(whole, rel=0.05)
 
 
 def test_mamba_runs_a_market_too(trained: Path, command: Command) -> None:
@@ -464,21 +627,27 @@ def test_mamba_runs_a_market_too(trained: Path, command: Command) -> None:
     assert "slow" not in result.stdout
 
 
-def test_a_model_without_an_endless_cache_says_that_it_is_slow(trained: Path, command: Command) -> None:
+def test_a_model_without_an_endless_cache_says_that_it_is_slow(
+    trained: Path, command: Command
+) -> None:
     few = ("--markets", "1", "--messages", "2", "--no-baseline", "--save", "out")
     result = command("lmp_market", "simulate", "--model", run_of(trained, "vanilla"), *few)
     assert result.returncode == 0, result.stderr
     assert "vanilla has no cache for endless texts" in result.stdout
 
 
-def test_another_setting_of_the_same_weights_is_another_model(trained: Path, command: Command, tmp_path: Path) -> None:
-    told = {}
+def test_another_setting_of_the_same_weights_is_another_model(
+    trained: Path, command: Command, tmp_path: Path
+) -> None:
+    recorded = {}
     few = ("--model", run_of(trained, "modern"), "--times", "2", "--streams", "2")
     for name, words in (("with", ()), ("without", ("--set", "sink=false"))):
         result = command("lmp_market", "perplexity", *few, "--save", name, *words)
         assert result.returncode == 0, result.stderr
-        told[name] = pd.read_csv(tmp_path / name / "perplexity_by_position.csv")["nats per token"]
-    assert not told["with"].equals(told["without"])
+        recorded[name] = pd.read_csv(tmp_path / name / "perplexity_by_position.csv")[
+            "nats per token"
+        ]
+    assert not recorded["with"].equals(recorded["without"])
 
 
 def test_generate_is_a_market_by_itself(command: Command, tmp_path: Path) -> None:
@@ -493,20 +662,31 @@ def test_generate_is_a_market_by_itself(command: Command, tmp_path: Path) -> Non
         (("simulate", "--model", "nowhere"), "there is no such folder"),
         (("simulate", "--no-grammar", "--model", "RUN"), "the book mask needs the grammar mask"),
         (("simulate", "--temperature", "0", "--model", "RUN"), "must be above 0"),
-        (("perplexity", "--set", "snk=false", "--model", "RUN"), "no such field (did you mean sink?)"),
+        (
+            ("perplexity", "--set", "snk=false", "--model", "RUN"),
+            "no such field (did you mean sink?)",
+        ),
         (
             ("perplexity", "--set", "embed_dim=32", "--model", "RUN"),
             "the trained weights do not go with these settings",
         ),
-        (("simulate", "--ticker", "ZJ", "--model", "RUN"), "the model knows no such ticker (did you mean ZI?)"),
-        (("simulate", "--training-plan", "market_btc", "--model", "RUN"), "BTCUSD is none of the tokenizer's"),
+        (
+            ("simulate", "--ticker", "ZJ", "--model", "RUN"),
+            "the model knows no such ticker (did you mean ZI?)",
+        ),
+        (
+            ("simulate", "--training-plan", "market_btc", "--model", "RUN"),
+            "the tokenizer has no ticker BTCUSD",
+        ),
         (("simulate", "--training-plan", "smoke", "--model", "RUN"), "its data are no market's"),
         (("simulate", "--markets", "100000", "--model", "RUN"), "too few to begin 100000 markets"),
         (("perplexity", "--times", "1000", "--model", "RUN"), "lower --times"),
         (("score", "nowhere", "nowhere"), "there is no LOBSTER message file"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(args: tuple[str, ...], says: str, trained: Path, command: Command) -> None:
+def test_what_a_user_can_mend_is_one_line(
+    args: tuple[str, ...], says: str, trained: Path, command: Command
+) -> None:
     result = command("lmp_market", *(run_of(trained, "modern") if a == "RUN" else a for a in args))
     assert result.returncode == 1
     [line] = [x for x in result.stderr.splitlines() if x.startswith("lmp_market:")]
@@ -517,15 +697,20 @@ def test_what_a_user_can_mend_is_one_line(args: tuple[str, ...], says: str, trai
 def test_a_model_of_text_is_refused(command: Command, tmp_path: Path) -> None:
     from conftest import write_plan
 
-    assert command("lmp_trainer", "--exp", "gpt2ish", "--training-plan", str(write_plan(tmp_path))).returncode == 0
+    assert (
+        command(
+            "lmp_trainer", "--exp", "gpt2ish", "--training-plan", str(write_plan(tmp_path))
+        ).returncode
+        == 0
+    )
     result = command("lmp_market", "simulate")
     assert result.returncode == 1
     assert "its vocabulary is bytes, not a market's messages" in result.stderr
 
 
-def test_replay_of_the_real_part_is_what_was_held_out(told: Told) -> None:
-    [market] = told.markets([told.start])
-    for n, (_, _, other) in enumerate(replay(told.session, Findings("x")), 1):
-        if n == told.start:
+def test_replay_of_the_real_part_is_what_was_held_out(recorded: RecordedSession) -> None:
+    [market] = recorded.markets([recorded.start])
+    for n, (_, _, other) in enumerate(replay(recorded.session, DataIssues("x")), 1):
+        if n == recorded.start:
             assert market.book.state() == other.book.state()
             break

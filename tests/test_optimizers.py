@@ -10,39 +10,46 @@ from torch import nn
 
 from lmplay import testing
 from lmplay.errors import LmplayError
-from lmplay.optimizers import Optimizers, RowAdagrad, check_groups, factor
-from lmplay.plan import Optimizer, Schedule
+from lmplay.plan import Schedule
+from lmplay.training.optimizer_specs import Optimizer
+from lmplay.training.optimizers import Optimizers, RowAdagrad, check_groups, lr_multiplier
 
 NAMES = ["adagrad", "adamw", "adam", "sgd", "rmsprop", "muon"]
 
 
 def test_schedules() -> None:
-    assert factor(Schedule(name="constant"), 0.7) == 1
+    assert lr_multiplier(Schedule(name="constant"), 0.7) == 1
     warm = Schedule(name="linear_warmup", warmup=0.1)
-    assert [factor(warm, p) for p in (0.05, 0.1, 1.0)] == [0.5, 1, 1]
+    assert [lr_multiplier(warm, p) for p in (0.05, 0.1, 1.0)] == [0.5, 1, 1]
     cosine = Schedule(name="cosine", warmup=0.2, floor=0.1)
-    assert factor(cosine, 0.1) == 0.5
-    assert factor(cosine, 0.6) == pytest.approx(0.55)
-    assert factor(cosine, 1.0) == pytest.approx(0.1)
+    assert lr_multiplier(cosine, 0.1) == 0.5
+    assert lr_multiplier(cosine, 0.6) == pytest.approx(0.55)
+    assert lr_multiplier(cosine, 1.0) == pytest.approx(0.1)
     wsd = Schedule(name="wsd", decay=0.25, floor=0.0)
-    assert [factor(wsd, p) for p in (0.5, 0.75, 0.875, 1.0)] == [1, 1, 0.5, 0]
+    assert [lr_multiplier(wsd, p) for p in (0.5, 0.75, 0.875, 1.0)] == [1, 1, 0.5, 0]
     cycle = Schedule(name="one_cycle", floor=0.0)
-    assert factor(cycle, 0.3) == pytest.approx(1)
-    assert factor(cycle, 1.0) == pytest.approx(0)
+    assert lr_multiplier(cycle, 0.3) == pytest.approx(1)
+    assert lr_multiplier(cycle, 1.0) == pytest.approx(0)
 
 
 def test_one_cycle_equals_torchs() -> None:
     p = [nn.Parameter(torch.zeros(1))]
     steps = 40
     theirs = torch.optim.lr_scheduler.OneCycleLR(
-        torch.optim.SGD(p, lr=1.0), max_lr=1.0, total_steps=steps + 1, pct_start=0.3, final_div_factor=1e12
+        torch.optim.SGD(p, lr=1.0),
+        max_lr=1.0,
+        total_steps=steps + 1,
+        pct_start=0.3,
+        final_div_factor=1e12,
     )
     # torch ends the rise one step before pct_start of all steps
     ours = Schedule(name="one_cycle", floor=0.0, warmup=(0.3 * (steps + 1) - 1) / steps)
     for step in range(steps):
         theirs.optimizer.step()
         theirs.step()
-        assert factor(ours, (step + 1) / steps) == pytest.approx(theirs.get_last_lr()[0], abs=1e-6)
+        assert lr_multiplier(ours, (step + 1) / steps) == pytest.approx(
+            theirs.get_last_lr()[0], abs=1e-6
+        )
 
 
 class Table(nn.Module):
@@ -69,30 +76,35 @@ def trained(sparse: bool, spec: Optimizer, clip: float | None = None, passes: in
     model = Table(sparse)
     optimizers = Optimizers(spec, groups(model), model)
     for step in range(8):
-        optimizers.set_factor(1 - step / 10)
+        optimizers.set_lr(1 - step / 10)
         for part in range(passes):
             (model.loss(step * 10 + part) / passes).backward()
-            optimizers.compact()
-        optimizers.prepare(clip)
+            optimizers.coalesce()
+        optimizers.unscale_and_clip(clip)
         optimizers.step()
         optimizers.zero_grad()
     return model
 
 
-@pytest.mark.parametrize("spec", [Optimizer(name="adagrad", lr=0.1), Optimizer(name="sgd", lr=0.01, momentum=0)])
+@pytest.mark.parametrize(
+    "spec", [Optimizer(name="adagrad", lr=0.1), Optimizer(name="sgd", lr=0.01, momentum=0)]
+)
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_sparse_update_equals_the_dense_one(spec: Optimizer, clip: float | None) -> None:
     sparse, dense = (trained(kind, spec, clip) for kind in (True, False))
     start = Table(False)
     torch.testing.assert_close(sparse.table.weight, dense.table.weight, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(sparse.out.weight, dense.out.weight, rtol=1e-5, atol=1e-6)
-    assert torch.equal(sparse.table.weight[10:], start.table.weight[10:]), "rows never looked up stay"
+    assert torch.equal(sparse.table.weight[10:], start.table.weight[10:]), (
+        "rows never looked up stay"
+    )
     assert not torch.equal(sparse.table.weight[:10], start.table.weight[:10])
 
 
 def test_row_adagrad_equals_torchs_adagrad() -> None:
     a, b = (nn.Parameter(torch.arange(12.0).view(6, 2).clone()) for _ in range(2))
-    ours, theirs = RowAdagrad([a], lr=0.3, eps=1e-10), torch.optim.Adagrad([b], lr=0.3)
+    ours = RowAdagrad([a], lr=0.3, eps=1e-10)
+    theirs = torch.optim.Adagrad([b], lr=0.3)
     for step in range(5):
         rows = torch.tensor([[step % 6, 2, 2]])
         values = torch.full((3, 2), 1.5 + step)
@@ -135,7 +147,7 @@ def test_every_optimizer_lowers_the_loss_and_its_state_travels(name: str) -> Non
     def step(model: nn.Module, optimizers: Optimizers) -> float:
         out = subject.runner.step(model, batch)
         (out.loss_sum / out.n_tokens).backward()
-        optimizers.prepare(1.0)
+        optimizers.unscale_and_clip(1.0)
         optimizers.step()
         optimizers.zero_grad()
         return float(out.loss_sum.detach())
@@ -154,20 +166,24 @@ def test_every_optimizer_lowers_the_loss_and_its_state_travels(name: str) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_step_does_not_reach_moves_alike_after_a_resume(name: str) -> None:
-    """A layer that is dropped now and then, an expert that nothing is sent to: momentum and decay go on."""
+    """A layer that is dropped now and then, an expert that nothing is sent to: momentum and decay
+    go on."""
     spec = Optimizer(name=name, lr=0.1, weight_decay=0.1)  # type: ignore[arg-type]
 
     def start() -> tuple[nn.Module, Optimizers]:
         torch.manual_seed(0)
-        model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])  # the last is never reached
-        return model, Optimizers(spec, [{"params": list(model.parameters()), "role": "matrix"}], model)
+        # the last is never reached
+        model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])
+        return model, Optimizers(
+            spec, [{"params": list(model.parameters()), "role": "matrix"}], model
+        )
 
     def step(model: nn.Module, optimizers: Optimizers, reached: int) -> None:
         x = torch.linspace(-1, 1, 8).view(2, 4)
         for layer in list(model.children())[:reached]:
             x = layer(x)
         x.square().sum().backward()
-        optimizers.prepare(None)
+        optimizers.unscale_and_clip(None)
         optimizers.step()
         optimizers.zero_grad()
 
@@ -185,16 +201,32 @@ def test_what_a_step_does_not_reach_moves_alike_after_a_resume(name: str) -> Non
 def test_weight_decay_acts_on_matrices_only() -> None:
     model = Table(False)
     optimizers = Optimizers(Optimizer(name="adamw", weight_decay=0.3), groups(model), model)
-    decays = {id(p): g["weight_decay"] for part in optimizers.parts for g in part.param_groups for p in g["params"]}
-    assert [decays[id(p)] for p in (model.table.weight, model.out.weight, model.out.bias)] == [0.3, 0.3, 0.0]
+    decays = {
+        id(p): g["weight_decay"]
+        for part in optimizers.parts
+        for g in part.param_groups
+        for p in g["params"]
+    }
+    assert [decays[id(p)] for p in (model.table.weight, model.out.weight, model.out.bias)] == [
+        0.3,
+        0.3,
+        0.0,
+    ]
 
 
 def test_muon_takes_the_matrices() -> None:
     subject = testing.tiny("gpt2ish")
     model = subject.model()
-    optimizers = Optimizers(Optimizer(name="muon", lr=0.02), subject.runner.param_groups(model), model)
-    muon = {id(p) for part in optimizers.parts if isinstance(part, torch.optim.Muon)
-            for g in part.param_groups for p in g["params"]}  # fmt: skip
+    optimizers = Optimizers(
+        Optimizer(name="muon", lr=0.02), subject.runner.param_groups(model), model
+    )
+    muon = {
+        id(p)
+        for part in optimizers.parts
+        if isinstance(part, torch.optim.Muon)
+        for g in part.param_groups
+        for p in g["params"]
+    }
     named = {n for n, p in model.named_parameters() if id(p) in muon}
     assert "blocks.0.ff.fc1.weight" in named
     assert not {"head.weight", "tok_embed.weight", "ln.weight", "head.bias"} & named
@@ -211,11 +243,12 @@ def test_groups_must_be_complete_and_disjoint() -> None:
 
 
 def test_clipping_by_norm_equals_torchs() -> None:
-    a, b = Table(False), Table(False)
+    a = Table(False)
+    b = Table(False)
     optimizers = Optimizers(Optimizer(), groups(a), a)
     a.loss(0).backward()
     b.loss(0).backward()
-    norm = optimizers.prepare(0.25)
+    norm = optimizers.unscale_and_clip(0.25)
     expected = torch.nn.utils.clip_grad_norm_(b.parameters(), 0.25)
     assert math.isclose(float(norm), float(expected), rel_tol=1e-6)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):

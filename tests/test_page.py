@@ -1,4 +1,5 @@
-"""The page: what it shows, that it is one file, that no run's name does harm, and how it behaves in a browser."""
+"""The page: what it shows, that it is one file, that no run's name does harm, and how it behaves in
+a browser."""
 
 from __future__ import annotations
 
@@ -18,13 +19,21 @@ import pytest
 from conftest import Command
 from test_compare import fake_run
 
-from lmplay import compare
+from lmplay.analysis import compare
+from lmplay.analysis.page import gather, serve, write
 from lmplay.errors import LmplayError
-from lmplay.page import gather, serve, write
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")  # fmt: skip
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 EVIL = "<script>alert(1)</script>"
 TRAVERSAL = "../../etc/passwd"
 
@@ -46,22 +55,47 @@ def noisy(folder: Path, seed: int) -> None:
 
 def trial(folder: Path, name: str, **changes: Any) -> None:
     arm = {
-        "word": "REAL", "why": "the loss is lower", "gain": 0.05, "low": 0.03, "high": 0.07, "gain_bpb": 0.02,
-        "p": 0.004, "level": 0.005, "pairs": 9, "tuned": True, "lr_factor": 2.0, "tokens_ratio": 1.25,
-        "deviation_paired": 0.01, "deviation_unpaired": 0.03, "more": None, "runs": [],
+        "word": "REAL",
+        "why": "the loss is lower",
+        "gain": 0.05,
+        "low": 0.03,
+        "high": 0.07,
+        "gain_bpb": 0.02,
+        "p": 0.004,
+        "level": 0.005,
+        "pairs": 9,
+        "tuned": True,
+        "lr_factor": 2.0,
+        "tokens_ratio": 1.25,
+        "deviation_paired": 0.01,
+        "deviation_unpaired": 0.03,
+        "more": None,
+        "runs": [],
         "controls": {"params": [-0.02, -0.04]},
-    }  # fmt: skip
-    told = {
+    }
+    report = {
         "design": {
-            "plan": "laptop", "plan_fingerprint": "abc", "against": "gpt2ish", "precision": "fp32", "tuned": True,
-            "data": "d", "sources": {"gpt2ish": "", "ue": ""},
+            "plan": "laptop",
+            "plan_fingerprint": "abc",
+            "against": "gpt2ish",
+            "precision": "fp32",
+            "tuned": True,
+            "data": "d",
+            "sources": {"gpt2ish": "", "ue": ""},
         },
-        "arms": {"ue": arm | changes}, "over": True, "lr_factor": 1.0,
-        "sensitivity": {"gpt2ish": [[0.25, 1.0, 5.0], [0.25, 2.0, 5.1]], "ue": [[0.25, 1.0, 4.9], [0.25, 2.0, None]]},
-        "cost": {"runs": 30, "hours": 0.5}, "pairs": 9, "runs": [TRAVERSAL, "nowhere/at-all"],
-    }  # fmt: skip
+        "arms": {"ue": arm | changes},
+        "over": True,
+        "lr_factor": 1.0,
+        "sensitivity": {
+            "gpt2ish": [[0.25, 1.0, 5.0], [0.25, 2.0, 5.1]],
+            "ue": [[0.25, 1.0, 4.9], [0.25, 2.0, None]],
+        },
+        "cost": {"runs": 30, "hours": 0.5},
+        "pairs": 9,
+        "runs": [TRAVERSAL, "nowhere/at-all"],
+    }
     (folder / "trials" / name).mkdir(parents=True)
-    (folder / "trials" / name / "trial.json").write_text(json.dumps(told))
+    (folder / "trials" / name / "trial.json").write_text(json.dumps(report))
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +105,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(3):
         for name, shift in (("gpt2ish", 0.0), ("ue", -0.1)):
             folder = fake_run(root, name, "laptop", shift, seed=seed)
-            change(folder, identity={"config": {"num_blocks": 4, "width": 64 if name == "ue" else 32}})
+            change(
+                folder, identity={"config": {"num_blocks": 4, "width": 64 if name == "ue" else 32}}
+            )
             noisy(folder, seed + 10 * len(name))
             lines = [{"tokens": t, "text": f"{name} {seed} at {t}"} for t in (1000, 2000)]
-            (folder / "samples.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"tokens": 3')
+            (folder / "samples.jsonl").write_text(
+                "".join(json.dumps(x) + "\n" for x in lines) + '{"tokens": 3'
+            )
     evil = fake_run(root, "evil", "laptop", 0.2)
     evil.rename(evil.with_name("<img src=x onerror=alert(1)>-s0"))
     change(
-        evil.with_name("<img src=x onerror=alert(1)>-s0"), label=EVIL,
+        evil.with_name("<img src=x onerror=alert(1)>-s0"),
+        label=EVIL,
         identity={"variant": EVIL, "config": {EVIL: EVIL, "path": TRAVERSAL}},
-    )  # fmt: skip
+    )
     change(fake_run(root, "gpt2ish", "other", 0.0), plan_name=TRAVERSAL)
     trial(root, "laptop-ue-against-gpt2ish")
     trial(root, "x", word=EVIL, why=EVIL)
@@ -99,10 +138,14 @@ def test_everything_is_gathered_and_what_is_not_is_said(runs: Path) -> None:
     assert laptop["baseline"] == "gpt2ish"
     ue = next(r for r in laptop["runs"] if r["name"] == "ue-s1")
     assert ue["settings"]["width"] == 64
-    assert [s["text"] for s in ue["samples"]] == ["ue 1 at 1000", "ue 1 at 2000"], "a cut last line is left out"
+    assert [s["text"] for s in ue["samples"]] == ["ue 1 at 1000", "ue 1 at 2000"], (
+        "a cut last line is left out"
+    )
     assert {t["name"] for t in content["trials"]} == {"laptop-ue-against-gpt2ish", "x"}
     assert any("broken" in line and "cannot be read" in line for line in left_out)
-    with_target = next(a for a in gather.gather([runs], 200, "ue-s1")[0]["arenas"] if a["name"] == "laptop")
+    with_target = next(
+        a for a in gather.gather([runs], 200, "ue-s1")[0]["arenas"] if a["name"] == "laptop"
+    )
     assert (with_target["baseline"], with_target["fixed"]) == ("ue", "ue-s1")
     with pytest.raises(LmplayError, match="no such run"):
         gather.gather([runs], 200, "nobody")
@@ -113,7 +156,9 @@ def test_the_pairs_of_trials_are_one_arena_and_their_other_runs_none(tmp_path: P
         fake_run(tmp_path, "gpt2ish", "trial-laptop-abc123", 0.0, seed=seed)
         fake_run(tmp_path, "ue", "trial-laptop-abc123-lr4", -0.1, seed=seed)
     fake_run(tmp_path, "ue", "trial-laptop-abc123-lr8", 0.3, seed=1000)
-    trial(tmp_path, "one", lr_factor=4.0, runs=[f"trial-laptop-abc123-lr4/ue-s{s}" for s in range(2)])
+    trial(
+        tmp_path, "one", lr_factor=4.0, runs=[f"trial-laptop-abc123-lr4/ue-s{s}" for s in range(2)]
+    )
     path = tmp_path / "trials" / "one" / "trial.json"
     runs = [f"trial-laptop-abc123/gpt2ish-s{s}" for s in range(2)]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"runs": runs}))
@@ -134,21 +179,30 @@ def test_trials_on_other_data_are_another_arena(tmp_path: Path) -> None:
         fake_run(tmp_path, "gpt2ish", f"trial-{name}", 0.0)
         trial(tmp_path, name)
         path = tmp_path / "trials" / name / "trial.json"
-        told = json.loads(path.read_text()) | {"runs": [f"trial-{name}/gpt2ish-s0"]}
-        told["design"]["data"] = data
-        path.write_text(json.dumps(told))
-    arenas = [a for a in gather.gather([tmp_path], 200)[0]["arenas"] if a["name"].startswith("trials on")]
+        report = json.loads(path.read_text()) | {"runs": [f"trial-{name}/gpt2ish-s0"]}
+        report["design"]["data"] = data
+        path.write_text(json.dumps(report))
+    arenas = [
+        a for a in gather.gather([tmp_path], 200)[0]["arenas"] if a["name"].startswith("trials on")
+    ]
     assert [len(a["runs"]) for a in arenas] == [1, 1]
     assert len({a["fingerprint"] for a in arenas}) == 2
 
 
 def test_what_is_odd_in_a_file_is_left_out_and_said(tmp_path: Path) -> None:
     for name, record in (
-        ("a", {"identity": {"config": 3}}), ("b", {"summary": [1]}), ("c", {"identity": {"seed": "x"}}),
-        ("d", {"git": "none"}), ("fine", {"identity": {"config": {"__proto__": 1, "wide": float("inf"), "l": [1]}}}),
-    ):  # fmt: skip
+        ("a", {"identity": {"config": 3}}),
+        ("b", {"summary": [1]}),
+        ("c", {"identity": {"seed": "x"}}),
+        ("d", {"git": "none"}),
+        ("fine", {"identity": {"config": {"__proto__": 1, "wide": float("inf"), "l": [1]}}}),
+    ):
         change(fake_run(tmp_path, name, "p", 0.0), **record)
-    for seed in (0, 1):  # a trial that names a run without training curve, and one that is not there
+    # a trial that names a run without training curve, and one that is not there
+    for seed in (
+        0,
+        1,
+    ):
         fake_run(tmp_path, "gpt2ish", "trial-p-abc123", 0.0, seed=seed)
     (tmp_path / "trial-p-abc123" / "gpt2ish-s1" / "train.csv").unlink()
     trial(tmp_path, "one", runs=[f"trial-p-abc123/gpt2ish-s{s}" for s in (0, 1)])
@@ -168,17 +222,23 @@ def test_the_same_run_twice_is_one_seed(tmp_path: Path) -> None:
 
 
 def test_long_curves_are_averaged_down_and_keep_their_ends() -> None:
-    frame = pd.DataFrame({"tokens": np.arange(1, 10_001), "loss": np.linspace(5, 3, 10_000), "bpb": np.nan})
+    frame = pd.DataFrame(
+        {"tokens": np.arange(1, 10_001), "loss": np.linspace(5, 3, 10_000), "bpb": np.nan}
+    )
     made = gather.points(frame, 25)
     assert made["window"] == 25
     assert len(made["tokens"]) == 400
     assert made["tokens"][-1] == 10_000
     assert made["loss"][0] == pytest.approx(frame["loss"][:25].mean(), rel=1e-6)
     assert made["bpb"] == [None] * 400
-    assert gather.points(frame[:300], 1)["loss"] == pytest.approx(frame["loss"][:300].tolist(), rel=1e-6)
+    assert gather.points(frame[:300], 1)["loss"] == pytest.approx(
+        frame["loss"][:300].tolist(), rel=1e-6
+    )
 
 
-def test_the_file_asks_nothing_of_a_network_and_names_stay_inside(runs: Path, tmp_path: Path) -> None:
+def test_the_file_asks_nothing_of_a_network_and_names_stay_inside(
+    runs: Path, tmp_path: Path
+) -> None:
     content, _ = gather.gather([runs], 200)
     path = tmp_path / "deep" / "page.html"
     write.write(path, content)
@@ -197,7 +257,7 @@ def test_the_file_asks_nothing_of_a_network_and_names_stay_inside(runs: Path, tm
 
 @pytest.fixture
 def served(runs: Path) -> Iterator[int]:
-    made = serve.server(serve.Source(lambda: gather.gather([runs], 200)[0]), "127.0.0.1", 0)
+    made = serve.server(serve.LiveContent(lambda: gather.gather([runs], 200)[0]), "127.0.0.1", 0)
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     yield made.server_address[1]
@@ -214,12 +274,20 @@ def ask(port: int, path: str, method: str = "GET", **headers: str) -> http.clien
 
 def test_the_server_answers_two_paths_and_opens_none(served: int) -> None:
     assert b"<title>lmplay</title>" in ask(served, "/?x=1").read()
-    for path in ("/etc/passwd", "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/run.json"):
+    for path in (
+        "/etc/passwd",
+        "/../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "//etc/passwd",
+        "/run.json",
+    ):
         answer = ask(served, path)
         assert answer.status == 404
         assert b"root:" not in answer.read()
     assert ask(served, "/", "POST").status == 501
-    assert ask(served, "/", Host="evil.example").status == 403, "another site's name for this machine"
+    assert ask(served, "/", Host="evil.example").status == 403, (
+        "another site's name for this machine"
+    )
     assert ask(served, "/", Host=f"localhost:{served}").status == 200
     assert ask(served, "/", Host=f"[::1]:{served}").status == 200
 
@@ -237,7 +305,10 @@ def test_what_a_user_can_mend_is_one_line(
     taken = command("lmp_plotstats", str(runs), "--serve", "--port", str(served))
     assert (taken.returncode, "--port takes another" in taken.stderr) == (1, True)
     assert command("lmp_plotstats", "--serve", "--port", "70000").returncode == 2
-    assert "it does not go with --html" in command("lmp_plotstats", str(runs), "--html", "p", "--plot-raw").stderr
+    assert (
+        "it does not go with --html"
+        in command("lmp_plotstats", str(runs), "--html", "p", "--plot-raw").stderr
+    )
     assert "--port goes with --serve" in command("lmp_plotstats", str(runs), "--port", "1").stderr
     monkeypatch.setitem(sys.modules, "plotly.offline", None)  # as if it were not installed
     without = command("lmp_plotstats", str(runs), "--html", "p.html")
@@ -279,7 +350,8 @@ def file(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def show(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open a page; at the end nothing may have been alerted, gone wrong, or been asked of a network."""
+    """Open a page; at the end nothing may have been alerted, gone wrong, or been asked of a
+    network."""
     wrong: list[str] = []
     contexts = []
 
@@ -290,7 +362,12 @@ def show(browser: Any) -> Iterator[Callable[..., Any]]:
         tab.on("dialog", lambda d: (wrong.append(f"dialog {d.message}"), d.dismiss()))
         tab.on("pageerror", lambda e: wrong.append(f"error {e}"))
         tab.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-        tab.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
+        tab.on(
+            "request",
+            lambda r: (
+                wrong.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None
+            ),
+        )
         tab.goto(url)
         tab.wait_for_selector("#figure .main-svg")
         return tab
@@ -308,16 +385,21 @@ def laptop(tab: Any) -> Any:
 
 
 def drawn(tab: Any) -> list[dict[str, Any]]:
-    return tab.evaluate("document.getElementById('figure').data.map((t) => ({name: t.name, x: [...t.x], y: [...t.y]}))")
+    return tab.evaluate(
+        "document.getElementById('figure').data.map((t) => ({name: t.name, x: [...t.x], y: "
+        "[...t.y]}))"
+    )
 
 
-def test_bands_and_differences_are_those_of_compare(show: Callable[..., Any], file: Path, runs: Path) -> None:
+def test_bands_and_differences_are_those_of_compare(
+    show: Callable[..., Any], file: Path, runs: Path
+) -> None:
     tab = laptop(show(file.as_uri()))
     curves, _ = compare.collect([runs], "validate", 200)
     curves = [c for c in curves if c.plan == "laptop"]
     partner = compare.partners(curves, compare.baseline_of(curves, None), None)
 
-    def pair(curve: compare.Curve) -> tuple[np.ndarray, np.ndarray]:
+    def pair(curve: compare.RunCurve) -> tuple[np.ndarray, np.ndarray]:
         own, base = (compare.series(c, "tokens", "loss") for c in (curve, partner[curve.path]))
         assert own is not None
         assert base is not None
@@ -343,7 +425,9 @@ def test_bands_and_differences_are_those_of_compare(show: Callable[..., Any], fi
     grid = tab.evaluate("(xs) => lmplay.commonGrid(xs, 400)", [x.tolist() for x in uneven])
     np.testing.assert_allclose(grid, compare.common_grid(uneven), rtol=1e-12)
     y = np.random.default_rng(0).random(30)
-    np.testing.assert_allclose(tab.evaluate("(y) => lmplay.smooth(y, 7)", y.tolist()), compare.smooth(y, 7), rtol=1e-9)
+    np.testing.assert_allclose(
+        tab.evaluate("(y) => lmplay.smooth(y, 7)", y.tolist()), compare.smooth(y, 7), rtol=1e-9
+    )
 
 
 def test_switches_switch(show: Callable[..., Any], file: Path) -> None:
@@ -374,7 +458,12 @@ def test_switches_switch(show: Callable[..., Any], file: Path) -> None:
 
 def test_partners_are_those_of_compare(show: Callable[..., Any], tmp_path: Path) -> None:
     for seed in (0, 1):
-        for name, precision in (("gpt2ish", "fp32"), ("gpt2ish-bf16", "bf16"), ("ue", "fp32"), ("ue-bf16", "bf16")):
+        for name, precision in (
+            ("gpt2ish", "fp32"),
+            ("gpt2ish-bf16", "bf16"),
+            ("ue", "fp32"),
+            ("ue-bf16", "bf16"),
+        ):
             folder = fake_run(tmp_path, name, "p", 0.1 * len(name), seed=seed)
             change(folder, identity={"precision": precision, "variant": name.partition("-")[0]})
     for target in (None, "gpt2ish-s1"):
@@ -384,7 +473,8 @@ def test_partners_are_those_of_compare(show: Callable[..., Any], tmp_path: Path)
         path = tmp_path / f"{target}.html"
         write.write(path, gather.gather([tmp_path], 20, target)[0])
         hovers = show(path.as_uri()).evaluate(
-            "document.getElementById('figure').data.filter((t) => t.hovertemplate && /^ue.*-s/.test(t.name))"
+            "document.getElementById('figure').data.filter((t) => t.hovertemplate && "
+            "/^ue.*-s/.test(t.name))"
             ".map((t) => t.hovertemplate.match(/against [^<]*/)[0])"
         )
         assert set(hovers) == expected, target
@@ -392,11 +482,15 @@ def test_partners_are_those_of_compare(show: Callable[..., Any], tmp_path: Path)
 
 def test_the_settings_that_differ_are_in_the_hover(show: Callable[..., Any], file: Path) -> None:
     tab = laptop(show(file.as_uri()))
-    hover = tab.evaluate("document.getElementById('figure').data.find((t) => t.name === 'ue-s0').hovertemplate")
+    hover = tab.evaluate(
+        "document.getElementById('figure').data.find((t) => t.name === 'ue-s0').hovertemplate"
+    )
     assert "width=64" in hover
     assert "num_blocks" in hover, "the run with an evil name has none"
     assert "against gpt2ish-s0" in hover
-    evil = tab.evaluate("document.getElementById('figure').data.map((t) => t.hovertemplate || '').join()")
+    evil = tab.evaluate(
+        "document.getElementById('figure').data.map((t) => t.hovertemplate || '').join()"
+    )
     assert EVIL not in evil
     assert "&lt;script&gt;" in evil
 
@@ -425,10 +519,18 @@ def test_it_works_with_a_keyboard(show: Callable[..., Any], file: Path) -> None:
 def test_verdicts_rates_and_texts_are_there(show: Callable[..., Any], file: Path) -> None:
     tab = laptop(show(file.as_uri()))
     card = tab.text_content("#verdicts .card.REAL")
-    for part in ("ue against gpt2ish on laptop", "gain +0.0500 nats per token (+0.0300 to +0.0700)", "9 pairs",
-                 "equal params: +0.0300 (2 seeds)", "1.25 times the tokens", "30 runs"):  # fmt: skip
+    for part in (
+        "ue against gpt2ish on laptop",
+        "gain +0.0500 nats per token (+0.0300 to +0.0700)",
+        "9 pairs",
+        "equal params: +0.0300 (2 seeds)",
+        "1.25 times the tokens",
+        "30 runs",
+    ):
         assert part in card
-    rates = tab.evaluate("document.getElementById('sensitivity').data.map((t) => [t.name, t.x.length])")
+    rates = tab.evaluate(
+        "document.getElementById('sensitivity').data.map((t) => [t.name, t.x.length])"
+    )
     assert rates == [["gpt2ish, 0.25 of the budget", 2], ["ue, 0.25 of the budget", 1]]
     cards = tab.locator("#samples .card")
     assert cards.count() == 6
@@ -447,14 +549,15 @@ def test_it_fits_a_phone_and_a_desk_in_dark_and_light(
     ground = tab.evaluate("document.getElementById('figure').layout.paper_bgcolor")
     assert ground == ("#16181d" if scheme == "dark" else "#ffffff")
     assert not tab.evaluate(
-        "[...document.querySelectorAll('select, input')].filter((e) => !e.labels?.length).map((e) => e.id)"
+        "[...document.querySelectorAll('select, input')].filter((e) => !e.labels?.length).map((e) "
+        "=> e.id)"
     )
 
 
 def test_the_page_is_kept_fresh(show: Callable[..., Any], runs: Path, tmp_path: Path) -> None:
     root = tmp_path / "gpt_out"
     shutil.copytree(runs / "laptop" / "gpt2ish-s0", root / "laptop" / "gpt2ish-s0")
-    made = serve.server(serve.Source(lambda: gather.gather([root], 200)[0]), "127.0.0.1", 0)
+    made = serve.server(serve.LiveContent(lambda: gather.gather([root], 200)[0]), "127.0.0.1", 0)
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

@@ -1,4 +1,5 @@
-"""Every shipped plan loads; what is wrong in a plan is named; the ancestor's plans load unchanged."""
+"""Every shipped plan loads; what is wrong in a plan is named; the ancestor's plans load
+unchanged."""
 
 from __future__ import annotations
 
@@ -9,15 +10,33 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from lmplay.data.sources import BundledSource, HubSource
 from lmplay.discover import find, load
 from lmplay.errors import LmplayError
-from lmplay.plan import BundledSource, HubSource, MarketSource, json_schema, load_plan, parse_plan, plan_files
+from lmplay.plan import json_schema, load_plan, parse_plan, plan_files
 
 SHIPPED = {
-    "laptop", "smoke", "default", "wiki_en_es", "l_wiki_en_es", "tinystories", "pretrain", "bigpretrain", "full_v1",
-    "full", "openorca", "instruction_ft", "openwebtext", "fineweb_edu_10b", "char", "bins",
-    "market_smoke", "market_zi", "market_btc", "market_lobster",
-}  # fmt: skip
+    "laptop",
+    "smoke",
+    "default",
+    "wiki_en_es",
+    "l_wiki_en_es",
+    "tinystories",
+    "pretrain",
+    "bigpretrain",
+    "full_v1",
+    "full",
+    "openorca",
+    "instruction_ft",
+    "openwebtext",
+    "fineweb_edu_10b",
+    "char",
+    "bins",
+    "market_smoke",
+    "market_zi",
+    "market_btc",
+    "market_lobster",
+}
 
 
 def test_all_are_shipped() -> None:
@@ -38,9 +57,14 @@ def test_shipped_plan(name: str) -> None:
 
 def test_laptop_and_smoke_need_no_hub() -> None:
     for name in ("market_smoke", "market_zi", "market_btc"):
-        assert all(isinstance(d, MarketSource) and not d.path for d in load_plan(plan_files()[name]).datasets.values())
+        assert all(
+            d.source == "market" and not d.path
+            for d in load_plan(plan_files()[name]).datasets.values()
+        )
     for name in ("laptop", "smoke", "char"):
-        assert all(isinstance(d, BundledSource) for d in load_plan(plan_files()[name]).datasets.values())
+        assert all(
+            isinstance(d, BundledSource) for d in load_plan(plan_files()[name]).datasets.values()
+        )
 
 
 def test_schema_file_is_the_one_the_code_makes() -> None:
@@ -54,24 +78,36 @@ ANCESTOR = {
         "wiki_es": {"ds_loader": "wiki", "args": ["es"]},
         "openorca": {"ds_loader": "openorca"},
         "math": {
-            "ds_loader": "hf", "args": ["math", "microsoft/orca-math-word-problems-200k"],
+            "ds_loader": "hf",
+            "args": ["math", "microsoft/orca-math-word-problems-200k"],
             "kwargs": {"truth_column": "answer", "prompt_column": "question"},
         },
-        "stories": {"ds_loader": "hf", "args": ["s", "roneneldan/TinyStories"], "kwargs": {"truth_column": "text"}},
+        "stories": {
+            "ds_loader": "hf",
+            "args": ["s", "roneneldan/TinyStories"],
+            "kwargs": {"truth_column": "text"},
+        },
         "smol": {
-            "ds_loader": "hf", "args": ["smol", "HuggingFaceTB/smoltalk", "all"], "kwargs": {"truth_column": "messages"}
+            "ds_loader": "hf",
+            "args": ["smol", "HuggingFaceTB/smoltalk", "all"],
+            "kwargs": {"truth_column": "messages"},
         },
         "cosmo": {
-            "ds_loader": "hf", "args": ["c", "HuggingFaceTB/smollm-corpus", "cosmopedia-v2"],
+            "ds_loader": "hf",
+            "args": ["c", "HuggingFaceTB/smollm-corpus", "cosmopedia-v2"],
             "kwargs": {"text_column": "text"},
         },
     },
     "seed": 0,
     "steps": [
         {"datasets": ["wiki_en", "wiki_es"], "epochs": 1.0, "step_name": "l_wiki_en_es"},
-        {"datasets": ["stories", "cosmo"], "epochs": 0.5, "interleve_stopping_strategy": "all_exhausted"},
+        {
+            "datasets": ["stories", "cosmo"],
+            "epochs": 0.5,
+            "interleve_stopping_strategy": "all_exhausted",
+        },
     ],
-}  # fmt: skip
+}
 
 
 def test_ancestors_plans_load_unchanged() -> None:
@@ -104,7 +140,10 @@ GOOD: dict[str, Any] = {"datasets": {"d": {"source": "bundled"}}, "steps": [{"da
         ({"optimiser": {}}, "optimiser: unknown key (did you mean optimizer?)"),
         ({"optimizer": {"learning_rate": 1}}, "optimizer.learning_rate: unknown key"),
         ({"datasets": {"d": {"source": "bundled", "langage": "en"}}}, "(did you mean language?)"),
-        ({"steps": [{"datasets": ["d"], "epoch": 1}]}, "steps.0.epoch: unknown key (did you mean epochs?)"),
+        (
+            {"steps": [{"datasets": ["d"], "epoch": 1}]},
+            "steps.0.epoch: unknown key (did you mean epochs?)",
+        ),
         ({"steps": [{"datasets": ["e"]}]}, "uses the data set e, which the plan does not define"),
         ({"optimizer": {"name": "adamx"}}, "optimizer.name"),
         ({"batch": {"batch_size": 0}}, "greater than 0"),
@@ -112,7 +151,14 @@ GOOD: dict[str, Any] = {"datasets": {"d": {"source": "bundled"}}, "steps": [{"da
         ({"steps": [{"datasets": ["d"], "weights": [1, 2]}]}, "weights must be one number"),
         ({"datasets": {"d": {"ds_loader": "hff", "args": ["a", "b"]}}}, "did you mean hf"),
         ({"datasets": {"d": {"ds_loader": "wiki", "args": ["de", "more"]}}}, "takes 1 args, not 2"),
-        ({"datasets": {"d": {"ds_loader": "wiki", "args": ["de"], "kwargs": {"spli": "train[:1%]"}}}}, "unknown key"),
+        (
+            {
+                "datasets": {
+                    "d": {"ds_loader": "wiki", "args": ["de"], "kwargs": {"spli": "train[:1%]"}}
+                }
+            },
+            "unknown key",
+        ),
         (
             {"datasets": {"d": {"source": "files", "path": "x", "columns": {"prompt_loss": True}}}},
             "datasets.d.columns: columns: give one of text",
@@ -142,10 +188,14 @@ def test_description_does_not_change_the_arena_but_everything_else_does() -> Non
 
 
 def test_budgets_replace_the_plans() -> None:
-    plan = parse_plan({**GOOD, "steps": [{"datasets": ["d"], "epochs": 2, "step_name": s} for s in "ab"]}, "x")
+    plan = parse_plan(
+        {**GOOD, "steps": [{"datasets": ["d"], "epochs": 2, "step_name": s} for s in "ab"]}, "x"
+    )
     halved = plan.with_budget(tokens=None, steps=10, minutes=None)
     assert [(s.steps, s.epochs) for s in halved.steps] == [(5, None), (5, None)]
     assert plan.with_budget(None, None, None) is plan
-    assert [(s.tokens, s.steps) for s in plan.with_budget(7, 3, None).steps] == [(4, 2), (3, 1)], "none is lost"
+    assert [(s.tokens, s.steps) for s in plan.with_budget(7, 3, None).steps] == [(4, 2), (3, 1)], (
+        "none is lost"
+    )
     with pytest.raises(LmplayError, match="the plan has 2 steps"):
         plan.with_budget(None, 1, None)

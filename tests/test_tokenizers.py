@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmplay import tokenizers
+from lmplay.data import tokenizers
 from lmplay.errors import LmplayError
 
 TEXTS = [

@@ -19,41 +19,61 @@ import pytest
 from conftest import Command, write_plan
 from scipy import stats
 
-from lmplay import board, trial
 from lmplay.errors import LmplayError
-from lmplay.trial import Design, Result, Unit, needed, report
-from lmplay.verdict import HARMFUL, REAL, UNDECIDED, WITHIN_NOISE
+from lmplay.trial import queue
+from lmplay.trial import state as trial
+from lmplay.trial.design import FixedDesign, Result, Unit
+from lmplay.trial.state import TrialState
+from lmplay.trial.statistics import HARMFUL, REAL, UNDECIDED, WITHIN_NOISE
 
 
-def design(**changes: Any) -> Design:
+def design(**changes: Any) -> FixedDesign:
     fixed: dict[str, Any] = {
-        "plan": "p", "plan_fingerprint": "0" * 16, "against": "base", "arms": ("good", "bad", "same"), "level": 0.01,
-        "max_pairs": 16, "smallest_effect": 0.02, "tuned": False, "controls": (), "tokens": 1000, "precision": "fp32",
-        "device": "cpu", "data": "d", "sources": {},
-    }  # fmt: skip
-    return Design(**{**fixed, **changes})
+        "plan": "p",
+        "plan_fingerprint": "0" * 16,
+        "against": "base",
+        "arms": ("good", "bad", "same"),
+        "level": 0.01,
+        "max_pairs": 16,
+        "smallest_effect": 0.02,
+        "tuned": False,
+        "controls": (),
+        "tokens": 1000,
+        "precision": "fp32",
+        "device": "cpu",
+        "data": "d",
+        "sources": {},
+    }
+    return FixedDesign(**{**fixed, **changes})
 
 
 EFFECT = {"base": 0.0, "good": -0.1, "bad": 0.1, "same": 0.0}
 
 
 def outcome(unit: Unit) -> Result:
-    """What a run would end with: noise that pairs share, a little of its own, and the arm's effect; learning rates
-    have their best at the factor that the arm's name says, 1 but for "good", whose is 8."""
+    """What a run would end with: noise that pairs share, a little of its own, and the arm's effect;
+    learning rates have their best at the factor that the arm's name says, 1 but for "good", whose
+    is 8."""
     own = np.random.default_rng(zlib.crc32(unit.key.encode())).normal(0, 0.002)
     shared = np.random.default_rng(unit.seed).normal(0, 0.05)
     best = 8.0 if unit.arm == "good" else 1.0
-    off = 0.05 * np.log2(unit.factor / best) ** 2 if unit.role == "lr" else 0.0
+    off = 0.05 * np.log2(unit.lr_multiplier / best) ** 2 if unit.role == "lr" else 0.0
     control = -0.2 if unit.match == "flops" else 0.0
     loss = 3 + shared + own + EFFECT[unit.arm] + off + control
     return Result(
-        loss, loss / 2, [0, 500, 1000], [loss + 1, loss + 0.2, loss], 2.0 if unit.arm == "good" else 1.0, 10.0, "f"
+        loss,
+        loss / 2,
+        [0, 500, 1000],
+        [loss + 1, loss + 0.2, loss],
+        2.0 if unit.arm == "good" else 1.0,
+        10.0,
+        "f",
     )
 
 
-def play(d: Design, most: int = 1000) -> dict[str, Result]:
+def play(d: FixedDesign, most: int = 1000) -> dict[str, Result]:
     results: dict[str, Result] = {}
-    while units := needed(d, results):
+    while units := TrialState(d, results).needed():
         assert not {u.key for u in units} & set(results), "asked for what is there"
         unit = units[len(results) * 7 % len(units)]  # in any order
         results[unit.key] = outcome(unit)
@@ -63,10 +83,14 @@ def play(d: Design, most: int = 1000) -> dict[str, Result]:
 
 def test_pairs_are_added_until_each_arm_is_settled() -> None:
     d = design()
-    told = report(d, play(d))
-    assert {a: v["word"] for a, v in told["arms"].items()} == {"good": REAL, "bad": HARMFUL, "same": WITHIN_NOISE}
-    assert told["over"]
-    good = told["arms"]["good"]
+    report = TrialState(d, play(d)).report()
+    assert {a: v["word"] for a, v in report["arms"].items()} == {
+        "good": REAL,
+        "bad": HARMFUL,
+        "same": WITHIN_NOISE,
+    }
+    assert report["over"]
+    good = report["arms"]["good"]
     assert good["gain"] == pytest.approx(0.1, abs=0.01)
     assert good["deviation_paired"] < 0.01 < good["deviation_unpaired"]
     assert good["correlation"] > 0.9
@@ -74,7 +98,7 @@ def test_pairs_are_added_until_each_arm_is_settled() -> None:
     assert good["seconds_ratio"] == pytest.approx(good["tokens_ratio"] / 2)
     base = [r.loss for k, r in play(d).items() if k.startswith("pair base ")]
     half = stats.t.ppf(0.995, len(base) - 1) * np.std(base, ddof=1) * math.sqrt(2 / len(base))
-    assert told["null"] == {"runs": len(base), "half": pytest.approx(half)}
+    assert report["null"] == {"runs": len(base), "half": pytest.approx(half)}
 
 
 def test_an_arm_that_is_settled_gets_no_more_pairs() -> None:
@@ -84,35 +108,46 @@ def test_an_arm_that_is_settled_gets_no_more_pairs() -> None:
     assert d.looks == [10, 14, 16]
     assert seeds["good"] in (10, 14)
     assert seeds["base"] == seeds["same"] == 16
-    told = report(d, results)
-    assert told["arms"]["same"]["word"] == UNDECIDED
-    assert told["arms"]["same"]["more"] > 0
-    assert told["arms"]["good"]["pairs"] == seeds["good"]
+    report = TrialState(d, results).report()
+    assert report["arms"]["same"]["word"] == UNDECIDED
+    assert report["arms"]["same"]["more"] > 0
+    assert report["arms"]["good"]["pairs"] == seeds["good"]
 
 
 def test_learning_rates_are_found_first_and_the_range_grows() -> None:
     d = design(arms=("good",), tuned=True)
-    first = needed(d, {})
+    first = TrialState(d, {}).needed()
     assert {u.role for u in first} == {"lr"}
-    assert len([u for u in first if u.arm == "base"]) == len([u for u in first if u.arm == "good"]) == 5
+    assert (
+        len([u for u in first if u.arm == "base"])
+        == len([u for u in first if u.arm == "good"])
+        == 5
+    )
     assert {u.seed for u in first} == {trial.LR_SEED}
     results = play(d)
-    told = report(d, results)
-    assert told["arms"]["good"]["lr_factor"] == 8.0, "beyond the range that was begun with"
+    report = TrialState(d, results).report()
+    assert report["arms"]["good"]["lr_multiplier"] == 8.0, "beyond the range that was begun with"
     assert trial.tuning("base", results) == 1.0
-    tried = {share: [f for s, f, _ in told["sensitivity"]["good"] if s == share] for share in trial.RUNGS}
+    tried = {
+        share: [f for s, f, _ in report["sensitivity"]["good"] if s == share]
+        for share in trial.RUNGS
+    }
     assert {0.25, 1.0, 8.0, 16.0} <= set(tried[0.25])
     assert (len(tried[0.5]), len(tried[1.0])) == trial.KEPT, "the others were stopped"
     assert all(f"lr{8:g}" in k for k in results if "pair good" in k)
 
 
 def test_a_rate_that_only_looks_good_in_short_runs_is_not_taken() -> None:
-    """As seen on real runs: while all rates still learn how often each token comes, a rate that later blows up leads
-    by a hair."""
+    """As seen on real runs: while all rates still learn how often each token comes, a rate that
+    later blows up leads by a hair."""
     results: dict[str, Result] = {}
     while isinstance(units := trial.tuning("base", results), list):
         for u in units:
-            loss = 6 - 0.001 * u.factor if u.share < 0.5 else 5 + (u.factor - 1) ** 2 / u.share
+            loss = (
+                6 - 0.001 * u.lr_multiplier
+                if u.share < 0.5
+                else 5 + (u.lr_multiplier - 1) ** 2 / u.share
+            )
             results[u.key] = Result(loss, loss / 2, [1], [loss], 1.0, 1.0, "f")
     assert units == 1.0
     assert sum(u.endswith("x1") for u in results) == trial.KEPT[1]
@@ -121,23 +156,25 @@ def test_a_rate_that_only_looks_good_in_short_runs_is_not_taken() -> None:
 def test_gains_over_sizes_are_fitted_by_seed_and_told_by_their_sign() -> None:
     random = np.random.default_rng(0)
     flops = (1e9, 4e9, 16e9)
-    gains = np.array([0.1 - 0.02 * np.log2(f / 1e9) for f in flops])[:, None] + random.normal(0, 0.005, (3, 9))
+    gains = np.array([0.1 - 0.02 * np.log2(f / 1e9) for f in flops])[:, None] + random.normal(
+        0, 0.005, (3, 9)
+    )
     design = {"arms": ["good"], "level": 0.01}
 
-    def told(sign: float) -> list[dict[str, Any]]:
+    def report(sign: float) -> list[dict[str, Any]]:
         return [
             {"design": design, "arms": {"good": {"flops": f, "gains": (sign * g).tolist()}}}
             for f, g in zip(flops, gains, strict=True)
         ]
 
-    found = trial.over_sizes(told(1))["good"]
+    found = trial.over_sizes(report(1))["good"]
     slopes = [stats.linregress(np.log2(flops), gains[:, seed]).slope for seed in range(9)]
     assert found["slope"] == pytest.approx(np.mean(slopes))
     interval = stats.t.interval(0.99, 8, loc=np.mean(slopes), scale=stats.sem(slopes))
     assert found["interval"] == pytest.approx(list(interval))
     assert "the gain shrinks" in found["sentence"]
-    assert "the harm shrinks" in trial.over_sizes(told(-1))["good"]["sentence"]
-    assert trial.over_sizes(told(1)[:1])["good"]["slope"] is None
+    assert "the harm shrinks" in trial.over_sizes(report(-1))["good"]["sentence"]
+    assert trial.over_sizes(report(1)[:1])["good"]["slope"] is None
 
 
 def test_a_run_that_diverges_ends_its_arm_and_no_other() -> None:
@@ -148,19 +185,23 @@ def test_a_run_that_diverges_ends_its_arm_and_no_other() -> None:
         return unit.arm == "good" and unit.seed == 2
 
     results: dict[str, Result] = {}
-    while units := needed(d, results):
+    while units := TrialState(d, results).needed():
         for unit in units:
-            results[unit.key] = replace(outcome(unit), loss=inf, bpb=inf) if lost(unit) else outcome(unit)
-    assert sum("pair good " in key for key in results) == d.looks[0], "no run after the look that saw it"
-    told = report(d, results)
-    good = told["arms"]["good"]
+            results[unit.key] = (
+                replace(outcome(unit), loss=inf, bpb=inf) if lost(unit) else outcome(unit)
+            )
+    assert sum("pair good " in key for key in results) == d.looks[0], (
+        "no run after the look that saw it"
+    )
+    report = TrialState(d, results).report()
+    good = report["arms"]["good"]
     assert (good["word"], good["more"], good["pairs"]) == (UNDECIDED, None, 2)
     assert "good diverged with seed 2" in good["why"]
-    assert told["arms"]["same"]["word"] == WITHIN_NOISE
-    assert told["over"]
-    json.dumps(told, allow_nan=False)
+    assert report["arms"]["same"]["word"] == WITHIN_NOISE
+    assert report["over"]
+    json.dumps(report, allow_nan=False)
     results |= {k: replace(r, loss=inf, bpb=inf) for k, r in results.items() if "base s0" in k}
-    assert {a["pairs"] for a in report(d, results)["arms"].values()} == {0}
+    assert {a["pairs"] for a in TrialState(d, results).report()["arms"].values()} == {0}
 
 
 def test_a_run_that_diverges_between_two_looks_ends_its_arm_with_the_reason() -> None:
@@ -170,28 +211,32 @@ def test_a_run_that_diverges_between_two_looks_ends_its_arm_with_the_reason() ->
     def outcome_of(unit: Unit) -> Result:
         if unit.arm == "good":  # not settled at the first look
             unit = replace(unit, arm="same")
-            return replace(outcome(unit), loss=math.inf, bpb=math.inf) if unit.seed == late else outcome(unit)
+            return (
+                replace(outcome(unit), loss=math.inf, bpb=math.inf)
+                if unit.seed == late
+                else outcome(unit)
+            )
         return outcome(unit)
 
     results: dict[str, Result] = {}
-    while units := needed(d, results):
+    while units := TrialState(d, results).needed():
         results[units[0].key] = outcome_of(units[0])  # one at a time, as a worker takes them
     assert len(d.looks) > 1
     assert sum("pair good " in key for key in results) == late + 1
-    told = report(d, results)
-    assert told["over"]
-    assert f"good diverged with seed {late}" in told["arms"]["good"]["why"]
+    report = TrialState(d, results).report()
+    assert report["over"]
+    assert f"good diverged with seed {late}" in report["arms"]["good"]["why"]
 
 
 def test_a_control_that_diverges_shows_nothing() -> None:
     d = design(arms=("good",), controls=("params",))
     results: dict[str, Result] = {}
-    while units := needed(d, results):
+    while units := TrialState(d, results).needed():
         for unit in units:
             results[unit.key] = outcome(unit)
             if unit.role == "control" and unit.seed == 1:
                 results[unit.key] = replace(outcome(unit), loss=math.inf)
-    good = report(d, results)["arms"]["good"]
+    good = TrialState(d, results).report()["arms"]["good"]
     assert good["word"] == UNDECIDED
     assert good["why"] == "the baseline of equal params diverged with seed 1"
 
@@ -199,16 +244,16 @@ def test_a_control_that_diverges_shows_nothing() -> None:
 def test_a_control_that_is_better_takes_the_verdict_away() -> None:
     fine = design(arms=("good",), controls=("params", "seconds"))
     results = play(fine)
-    told = report(fine, results)["arms"]["good"]
-    assert told["word"] == REAL
-    assert set(told["controls"]) == {"params", "seconds"}
+    report = TrialState(fine, results).report()["arms"]["good"]
+    assert report["word"] == REAL
+    assert set(report["controls"]) == {"params", "seconds"}
     assert any("x2 seconds good" in k for k in results), (
         "the arm took twice the time: its control gets twice the tokens"
     )
     beaten = design(arms=("good",), controls=("flops",))
-    told = report(beaten, play(beaten))["arms"]["good"]
-    assert told["word"] == UNDECIDED
-    assert "equal flops" in told["why"]
+    report = TrialState(beaten, play(beaten)).report()["arms"]["good"]
+    assert report["word"] == UNDECIDED
+    assert "equal flops" in report["why"]
 
 
 # ---------------------------------------------------------------- the board
@@ -216,13 +261,18 @@ def test_a_control_that_is_better_takes_the_verdict_away() -> None:
 
 @pytest.fixture(params=["journal", "sqlite"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    where = str(tmp_path / "journal.log") if request.param == "journal" else f"sqlite:///{tmp_path}/trials.db"
-    return board.open_storage(where)
+    where = (
+        str(tmp_path / "journal.log")
+        if request.param == "journal"
+        else f"sqlite:///{tmp_path}/trials.db"
+    )
+    return queue.open_storage(where)
 
 
 def test_each_unit_is_claimed_once_and_comes_back_with_its_result(storage: Any) -> None:
     d = design()
-    one, two = board.Board(storage, "t", d), board.Board(storage, "t", d)
+    one = queue.Queue(storage, "t", d)
+    two = queue.Queue(storage, "t", d)
     units = [Unit("pair", "good", s) for s in range(3)]
     one.offer(units)
     two.offer(units)  # of what is there already nothing
@@ -236,7 +286,7 @@ def test_each_unit_is_claimed_once_and_comes_back_with_its_result(storage: Any) 
 
 
 def test_what_was_put_up_twice_at_once_runs_once(storage: Any) -> None:
-    b = board.Board(storage, "t", design())
+    b = queue.Queue(storage, "t", design())
     unit = Unit("pair", "good", 0)
     for _ in range(2):  # two workers that looked at the same moment
         b.study.enqueue_trial({}, user_attrs={"unit": unit.key, "fields": unit.__dict__})
@@ -244,20 +294,23 @@ def test_what_was_put_up_twice_at_once_runs_once(storage: Any) -> None:
     assert b.claim("b") is None
 
 
-def test_the_work_of_a_dead_owner_is_given_to_another(storage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "BEAT", 0.05)
-    monkeypatch.setattr(board, "DEAD", 0.6)
-    alive, dead = (board.Board(storage, "t", design()) for _ in range(2))
+def test_the_work_of_a_dead_owner_is_given_to_another(
+    storage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "BEAT", 0.05)
+    monkeypatch.setattr(queue, "DEAD", 0.6)
+    alive, dead = (queue.Queue(storage, "t", design()) for _ in range(2))
     units = [Unit("pair", "good", s) for s in range(2)]
     alive.offer(units)
-    first, lost = alive.claim("alive"), dead.claim("dead")
+    first = alive.claim("alive")
+    lost = dead.claim("dead")
     assert first is not None
     assert lost is not None
-    with alive.alive(first[0]):
+    with alive.heartbeat(first[0]):
         until = time.monotonic() + 10
         found: list[str] = []
         while not found and time.monotonic() < until:
-            found = alive.take_over_dead()
+            found = alive.reclaim_stale()
             time.sleep(0.1)
     assert found == [lost[1].key], "who shows that it lives keeps its work"
     alive.offer(units)
@@ -268,14 +321,14 @@ def test_the_work_of_a_dead_owner_is_given_to_another(storage: Any, monkeypatch:
 
 
 def test_another_design_under_the_same_name_is_refused(storage: Any) -> None:
-    board.Board(storage, "t", design())
+    queue.Queue(storage, "t", design())
     with pytest.raises(LmplayError, match="began with another smallest_effect"):
-        board.Board(storage, "t", design(smallest_effect=0.5))
+        queue.Queue(storage, "t", design(smallest_effect=0.5))
 
 
 def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(LmplayError, match="it cannot be opened"):
-        board.open_storage("nosuch://x")
+        queue.open_storage("nosuch://x")
 
 
 # ---------------------------------------------------------------- the command
@@ -286,10 +339,14 @@ TRIAL = ("--exp", "value_norm", "--training-plan", "tiny.json", "--max-seeds", "
 
 def tiny_plan(folder: Path) -> None:
     steps = [{"step_name": "words", "datasets": ["words"], "steps": 6}]
-    write_plan(folder, steps=steps, model={"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "max_len": 32})
+    write_plan(
+        folder, steps=steps, model={"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "max_len": 32}
+    )
 
 
-def test_a_trial_says_its_verdict_and_the_same_command_says_it_again(command: Command, tmp_path: Path) -> None:
+def test_a_trial_says_its_verdict_and_the_same_command_says_it_again(
+    command: Command, tmp_path: Path
+) -> None:
     tiny_plan(tmp_path)
     first = command("lmp_trial", *TRIAL)
     assert first.returncode == 0, first.stderr
@@ -297,18 +354,18 @@ def test_a_trial_says_its_verdict_and_the_same_command_says_it_again(command: Co
     assert "(untuned" in first.stdout
     assert "runs: 8" in first.stdout
     [path] = (tmp_path / "gpt_out" / "trials").glob("*/trial.json")
-    told = json.loads(path.read_text())
-    assert told["arms"]["value_norm"]["pairs"] == 4
-    assert json.loads((path.parent / "design.json").read_text()) == told["design"]
+    report = json.loads(path.read_text())
+    assert report["arms"]["value_norm"]["pairs"] == 4
+    assert json.loads((path.parent / "design.json").read_text()) == report["design"]
     again = command("lmp_trial", *TRIAL)
     assert again.returncode == 0
-    assert json.loads(path.read_text()) == told
+    assert json.loads(path.read_text()) == report
     assert "runs done; now" not in again.stdout
     status = command("lmp_trial", *TRIAL, "--status")
-    assert "8 runs done, 0 on the board" in status.stdout
+    assert "8 runs done, 0 queued" in status.stdout
     other = command("lmp_trial", *TRIAL, "--smallest-effect", "0.5")
     assert other.returncode == 1
-    assert "fixed before the first run" in other.stderr
+    assert "fixed before its first run" in other.stderr
 
 
 def test_several_sizes_are_a_trial_each_and_a_fit(command: Command, tmp_path: Path) -> None:
@@ -327,16 +384,20 @@ def test_several_sizes_are_a_trial_each_and_a_fit(command: Command, tmp_path: Pa
 
 
 def test_a_killed_worker_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three workers on one storage, one of them killed in the middle: each run once, the same verdict to the bit."""
+    """Three workers on one storage, one of them killed in the middle: each run once, the same
+    verdict to the bit."""
     tiny_plan(tmp_path)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     quick = (
-        "import sys, lmplay.board as b; b.BEAT, b.DEAD = 0.5, 6.0; from lmplay.cli.trial import main; sys.exit(main())"
+        "import sys, lmplay.trial.queue as q; q.BEAT, q.DEAD = 0.5, 6.0; "
+        "from lmplay.cli.trial import main; sys.exit(main())"
     )
 
     def start(out: str) -> subprocess.Popen[str]:
         words = [sys.executable, "-c", quick, *TRIAL, "--out", out]
-        return subprocess.Popen(words, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            words, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
 
     alone = start("one")
     assert alone.wait(200) == 0
@@ -350,11 +411,12 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     outputs = [p.communicate(timeout=200) for p in several]
     assert [p.returncode for p in several if p is not victim] == [0, 0], outputs
     one, three = (
-        json.loads(next((tmp_path / o / "trials").glob("*/trial.json")).read_text()) for o in ("one", "three")
+        json.loads(next((tmp_path / o / "trials").glob("*/trial.json")).read_text())
+        for o in ("one", "three")
     )
-    for told in (one, three):
-        assert told["cost"]["runs"] == 8
-        told["arms"]["value_norm"].pop("seconds_ratio")
+    for report in (one, three):
+        assert report["cost"]["runs"] == 8
+        report["arms"]["value_norm"].pop("seconds_ratio")
     assert one["arms"] == three["arms"]
     assert one["null"] == three["null"]
     owners = [line for out, _ in outputs for line in out.splitlines() if "; now " in line]
@@ -372,7 +434,9 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         (("--exp", "ue", "--level", "0.7"), "--level must be in"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(args: tuple[str, ...], says: str, command: Command) -> None:
+def test_what_a_user_can_mend_is_one_line(
+    args: tuple[str, ...], says: str, command: Command
+) -> None:
     result = command("lmp_trial", *args)
     assert result.returncode == 1
     assert says in result.stderr

@@ -1,4 +1,4 @@
-"""lmp_plotstats: draw the curves of runs, their differences to a baseline, and a table of final figures."""
+"""lmp_plotstats: draw the curves of runs and their differences to a baseline, or make a page."""
 
 from __future__ import annotations
 
@@ -9,32 +9,51 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LmplayError
-from ..files import whole
-from . import ending
-from .trainer import positive_int
+from . import _args, run_command
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-EPILOG = """Figures go to --out: log_loss, log_accuracy, log_bpb, and log_diff_* against the baseline,
-which is the run of gpt2ish in the same plan, or the run that --target names. Runs of different plans,
-or of one plan on different data, cannot be compared; they are drawn in folders of their own, named after the
-plan and, where that is not enough, its fingerprint and its data's.
---html and --serve make a page to look at instead: curves, verdicts, learning rates, texts."""
+    from ..analysis.compare import Comparison
+    from ..analysis.figures import Style
+
+EPILOG = """Figures go to --out: log_loss, log_accuracy, log_bpb, log_diff_* for the differences to
+the baseline, and one for each curve that an experiment logs itself. The baseline is the one that
+the runs name, or --target. Runs of different plans or data are not comparable and get their own
+folders. --html and --serve make a page instead: curves, verdicts, learning rates, texts."""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="lmp_plotstats", description=__doc__.split(": ", 1)[1], epilog=EPILOG)
-    p.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="where runs are looked for (gpt_out)")
-    p.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER", help="where the figures go (here)")
+    p = argparse.ArgumentParser(
+        prog="lmp_plotstats",
+        description="Draw the curves of runs and their differences to a baseline.",
+        epilog=EPILOG,
+    )
+    p.add_argument(
+        "folders", nargs="*", type=Path, metavar="FOLDER", help="where runs are (gpt_out)"
+    )
+    p.add_argument(
+        "--out", type=Path, default=Path("."), metavar="FOLDER", help="where figures go (.)"
+    )
     p.add_argument("--out-type", choices=("png", "jpg", "svg", "pdf"), default="png")
-    p.add_argument("--x", choices=("tokens", "steps", "flops", "seconds"), default="tokens", help="the x axis (tokens)")
-    p.add_argument("--target", metavar="RUN", help="the baseline of the difference (the run of gpt2ish)")
-    p.add_argument("--plot-train", action="store_true", help="the training curves instead of the validation's")
+    p.add_argument(
+        "--x",
+        choices=("tokens", "steps", "flops", "seconds"),
+        default="tokens",
+        help="the x axis (tokens)",
+    )
+    p.add_argument("--target", metavar="RUN", help="the baseline (the one that the runs name)")
+    p.add_argument(
+        "--form",
+        choices=("auto", "curves", "dots"),
+        default="auto",
+        help="dots: final values with intervals (auto: dots for more than eight settings)",
+    )
+    p.add_argument("--plot-train", action="store_true", help="training curves, not validations")
     p.add_argument(
         "--average-count",
-        type=positive_int,
+        type=_args.positive_int,
         metavar="N",
         help="causal smoothing window (200 for --plot-train, else 1)",
     )
@@ -43,34 +62,25 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="begin x at this share of the shortest run",
+        help="start x at this share of the shortest run",
     )
-    p.add_argument("--max-files", type=int, metavar="N", help="the newest N runs (20; 200 on a page)")
-    p.add_argument("--plot-raw", action="store_true", help="unsmoothed curves, faint, behind the smoothed ones")
+    p.add_argument("--max-files", type=int, metavar="N", help="the newest N runs (20; a page: 200)")
+    p.add_argument("--plot-raw", action="store_true", help="faint unsmoothed curves as well")
     p.add_argument("--theme", choices=("light", "dark"), help="(light; a page: the reader's)")
     page = p.add_mutually_exclusive_group()
-    page.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page instead of figures")
-    page.add_argument("--serve", action="store_true", help="show the page, and keep it fresh, until Ctrl-C")
-    p.add_argument("--host", default="127.0.0.1", help="for --serve (127.0.0.1: this machine alone)")
-    p.add_argument("--port", type=port, default=8088, help="for --serve (8088)")
+    page.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
+    page.add_argument("--serve", action="store_true", help="serve the page until Ctrl-C")
+    p.add_argument("--host", default="127.0.0.1", help="for --serve (127.0.0.1: this machine only)")
+    p.add_argument("--port", type=_args.port, default=8088, help="for --serve (8088)")
     return p
-
-
-def port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 65536:
-        raise argparse.ArgumentTypeError(f"{text} is no port: 0 to 65535")
-    return value
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return ending("lmp_plotstats", lambda: command(args))
+    return run_command("lmp_plotstats", lambda: command(args))
 
 
 def command(args: argparse.Namespace) -> int:
-    import pandas as pd
-
     if args.max_files is None:
         args.max_files = 200 if args.html or args.serve else 20
     if args.max_files < 1 or not 0 <= args.min_show < 1:
@@ -80,89 +90,147 @@ def command(args: argparse.Namespace) -> int:
             raise LmplayError(f"--{name} goes with --serve")
     if args.html or args.serve:
         return make_page(args)
+    return make_figures(args)
+
+
+def make_figures(args: argparse.Namespace) -> int:
+    """Draw figures for each plan, print the table, and write final.csv."""
+    import pandas as pd
+
+    from ..analysis.compare import collect, compare_runs
+    from ..analysis.figures import Style
+    from ..files import atomic_write
+    from ..training.progress import make_console
+
     window = args.average_count or (200 if args.plot_train else 1)
     if args.plot_raw and window == 1:
-        raise LmplayError("--plot-raw: nothing is smoothed; it goes with --plot-train or --average-count")
-    from ..compare import METRICS, baseline_of, by_arena, collect, final_table, partners, seeds_note, unpaired
-    from ..plots import Style, draw
-    from ..report import make_console
-
+        raise LmplayError(
+            "--plot-raw: nothing is smoothed; it goes with --plot-train or --average-count"
+        )
     console = make_console()
     kind = "train" if args.plot_train else "validate"
-    curves, left_out = collect(args.folders or [Path("gpt_out")], kind, args.max_files)
+    folders = args.folders or [Path("gpt_out")]
+    curves, left_out = collect(folders, kind, args.max_files)
     for line in left_out:
         print(line)
     if not curves:
         raise LmplayError("no runs with curves were found; lmp_trainer makes them")
-    groups = by_arena(curves)
-    if len(groups) > 1:
-        names = ", ".join(plan for plan, _ in groups)
+    comparisons = compare_runs(curves, args.target)
+    if len(comparisons) > 1:
+        names = ", ".join(c.plan for c in comparisons)
         print(f"runs of different plans or data cannot be compared: separate figures for {names}")
-    named = [g for g in groups.values() if args.target in {n for c in g for n in (c.name, c.variant)}]
-    if args.target is not None and not named:
-        baseline_of(curves, args.target)  # raises, naming the nearest run
+    style = Style(
+        x=args.x,
+        average_count=window,
+        min_show=args.min_show,
+        raw=args.plot_raw,
+        theme=args.theme or "light",
+        kind="training" if args.plot_train else "validation",
+        form=args.form,
+    )
+    logged = logged_curves(args, folders)
     tables = []
-    for (plan, fingerprint), group in groups.items():
-        target = args.target if group in named else None
-        baseline = baseline_of(group, target)
-        partner = partners(group, baseline, target)
-        lone = unpaired(group, partner)
-        for curve in lone:
-            print(
-                f"{curve.name}: no run of {partner[curve.path].variant} has its seed; it is in no figure of differences"
-            )
-        pairs = {path: other for path, other in partner.items() if path not in {c.path for c in lone}}
+    for comparison in comparisons:
         folder = args.out
-        if len(groups) > 1:
-            twice = sum(p == plan for p, _ in groups) > 1
-            folder = args.out / safe_name(f"{plan}-{fingerprint}" if twice else plan)
-        title = "training" if args.plot_train else "validation"
-        style = Style(args.x, window, args.min_show, args.plot_raw, args.theme or "light", title)
-        written = []
-        for metric in METRICS:
-            for diff in (False, True):
-                path = folder / f"log_{'diff_' if diff else ''}{metric}.{args.out_type}"
-                if draw(path, group, metric, style, baseline, pairs if diff else None):
-                    written.append(path)
-        table = final_table(group, pairs)
-        tables.append(table)
-        show(table, plan, console)
-        for sentence in sentences(table):
-            print(sentence)
-        if note := seeds_note(group):
-            print(note)
-        if baseline is None:
-            print(f"{plan}: no run of gpt2ish and no --target: no difference is drawn")
-        if not written:
-            print(f"{plan}: no run has the columns for --x {args.x}: nothing is drawn")
-        for path in written:
-            print(path)
-    table_path = args.out / "final.csv"
-    with whole(table_path) as temporary:
+        if len(comparisons) > 1:
+            folder = args.out / folder_name(comparison, comparisons)
+        key = (comparison.plan, comparison.fingerprint)
+        written = draw_all(comparison, logged.get(key), folder, args.out_type, style)
+        tables.append(comparison.table())
+        report(comparison, tables[-1], written, args.x, console)
+    path = args.out / "final.csv"
+    with atomic_write(path) as temporary:
         pd.concat(tables).to_csv(temporary, index=False)
-    print(table_path)
+    print(path)
     return 0
 
 
-def safe_name(text: str) -> str:
-    """A plan's name as a folder's: a run.json may say anything, and nothing of it leads out of --out."""
+def logged_curves(
+    args: argparse.Namespace, folders: list[Path]
+) -> dict[tuple[str, str], Comparison]:
+    """Return the training curves of the plans whose experiments log curves of their own."""
+    from ..analysis.compare import collect, compare_runs, logged_metrics
+
+    curves, _ = collect(folders, "train", args.max_files)
+    own = [curve for curve in curves if logged_metrics([curve])]
+    return {(c.plan, c.fingerprint): c for c in compare_runs(own)}
+
+
+def draw_all(
+    comparison: Comparison, logged: Comparison | None, folder: Path, suffix: str, style: Style
+) -> list[Path]:
+    """Draw every figure of one plan; return the files."""
+    from dataclasses import replace
+
+    from ..analysis.compare import METRICS, logged_metrics
+    from ..analysis.figures import draw
+
+    written = []
+    for metric in METRICS:
+        for diff in (False, True):
+            path = folder / f"log_{'diff_' if diff else ''}{metric}.{suffix}"
+            if draw(path, comparison, metric, style, diff):
+                written.append(path)
+    if logged is not None:
+        train_style = replace(style, kind="training", form="curves")
+        for metric in logged_metrics(logged.curves):
+            path = folder / f"log_{metric}.{suffix}"
+            if draw(path, logged, metric, train_style, diff=False):
+                written.append(path)
+    return written
+
+
+def report(
+    comparison: Comparison, table: pd.DataFrame, written: list[Path], x: str, console: Console
+) -> None:
+    """Print the table, what it says, and the files."""
+    from ..analysis.compare import baseline_names, seeds_note
+
+    plan = comparison.plan
+    for curve in comparison.unpaired:
+        baseline = comparison.baseline.variant if comparison.baseline else ""
+        print(f"{curve.name}: no run of {baseline} has its seed; it is in no figure of differences")
+    show(table, plan, console)
+    for sentence in sentences(table):
+        print(sentence)
+    if note := seeds_note(comparison.curves):
+        print(note)
+    if comparison.baseline is None:
+        baseline = baseline_names(comparison.curves)[0]
+        print(f"{plan}: no run of {baseline} and no --target: no difference is drawn")
+    if not written:
+        print(f"{plan}: no run has the columns for --x {x}: nothing is drawn")
+    for path in written:
+        print(path)
+
+
+def folder_name(comparison: Comparison, comparisons: list[Comparison]) -> str:
+    """Return the plan as a folder's name, with its fingerprint if several share the name.
+
+    A run.json may contain anything; the name cannot lead out of --out.
+    """
+    same = sum(c.plan == comparison.plan for c in comparisons)
+    text = f"{comparison.plan}-{comparison.fingerprint}" if same > 1 else comparison.plan
     return re.sub(r"[^\w.=+-]", "_", text).replace("..", "__")
 
 
 def make_page(args: argparse.Namespace) -> int:
-    """--html and --serve."""
-    from ..page.gather import gather
-    from ..page.serve import Memory, Source, server
-    from ..page.write import page, write
+    """Write the page for --html, or serve it for --serve."""
+    from ..analysis.page.gather import gather
+    from ..analysis.page.serve import CurveCache, LiveContent, server
+    from ..analysis.page.write import page, write
 
-    for name in ("out", "out_type", "average_count", "min_show", "plot_raw"):
+    for name in ("out", "out_type", "average_count", "min_show", "plot_raw", "form"):
         if getattr(args, name) != parser().get_default(name):
-            raise LmplayError(f"--{name.replace('_', '-')} is of figures: it does not go with --html or --serve")
-    folders, memory = args.folders or [Path("gpt_out")], Memory()
-    preset = {"x": args.x, "kind": "train" if args.plot_train else "validate", "theme": args.theme}
+            option = name.replace("_", "-")
+            raise LmplayError(f"--{option} is for figures: it does not go with --html or --serve")
+    folders = args.folders or [Path("gpt_out")]
+    read = CurveCache()
+    kind = "train" if args.plot_train else "validate"
+    preset = {"x": args.x, "kind": kind, "theme": args.theme}
 
     def gathered() -> tuple[dict[str, Any], list[str]]:
-        content, left_out = gather(folders, args.max_files, args.target, memory)
+        content, left_out = gather(folders, args.max_files, args.target, read)
         return content | {"preset": preset}, left_out
 
     content, left_out = gathered()
@@ -174,8 +242,8 @@ def make_page(args: argparse.Namespace) -> int:
         write(args.html, content)
         print(args.html)
         return 0
-    page(content)  # what is missing is said before the server begins
-    with server(Source(lambda: gathered()[0]), args.host, args.port) as found:
+    page(content)  # report a missing package before the server starts
+    with server(LiveContent(lambda: gathered()[0]), args.host, args.port) as found:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{host}:{found.server_address[1]}/ (Ctrl-C stops)", flush=True)
         try:
@@ -186,27 +254,33 @@ def make_page(args: argparse.Namespace) -> int:
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
-    """What the difference figures end with, in words."""
-    said = []
+    """Return the final differences in words."""
+    lines = []
     for row in table.to_dict("records"):
-        delta, to = row.get("loss_difference"), row.get("to")
+        delta = row.get("loss_difference")
+        to = row.get("to")
         if isinstance(delta, float) and delta == delta and to != row["run"]:
             where = "below" if delta < 0 else "above"
             judged = "better" if delta < 0 else "worse"
-            said.append(f"{row['run']} ends {abs(delta):.4f} nats per token {where} {to} ({judged} by so much)")
-    return said
+            lines.append(
+                f"{row['run']} ends {abs(delta):.4f} nats per token {where} {to} ({judged})"
+            )
+    return lines
 
 
 def show(table: pd.DataFrame, plan: str, console: Console) -> None:
-    """The final figures as a table on the terminal, in whole lines where there is none."""
+    """Print the final figures as a table."""
+    from rich.markup import escape
     from rich.table import Table
 
-    drawn = Table(title=plan, title_justify="left", box=None, pad_edge=False)
+    drawn = Table(title=escape(plan), title_justify="left", box=None, pad_edge=False)
     for column in table.columns[1:]:
-        drawn.add_column(column.replace("_", " "), justify="left" if column in ("run", "to") else "right")
+        justify: Any = "left" if column in ("run", "to") else "right"
+        drawn.add_column(column.replace("_", " "), justify=justify)
     for row in table.itertuples(index=False):
-        drawn.add_row(*(cell(c, v) for c, v in zip(table.columns[1:], row[1:], strict=True)))
-    console.print(drawn, highlight=False, markup=False)
+        cells = zip(table.columns[1:], row[1:], strict=True)
+        drawn.add_row(*(escape(cell(column, value)) for column, value in cells))
+    console.print(drawn, highlight=False)
 
 
 def cell(column: str, value: object) -> str:

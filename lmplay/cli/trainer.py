@@ -1,4 +1,7 @@
-"""lmp_trainer: train an experiment on a training plan, or list and describe what there is."""
+"""lmp_trainer: train an experiment on a training plan, or list and describe what there is.
+
+One module, because each flag is declared beside the function that acts on it.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +11,45 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..discover import Source, find, list_sources, load
+from ..discover import ExperimentFile, default_baseline, find, find_baseline, list_sources
 from ..errors import LmplayError
-from ..files import whole
-from ..loggers import NAMES
-from . import ending
+from . import _args, run_command
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
-    from ..discover import Experiment
-    from ..plan import Plan
-    from ..report import Report
-    from ..trainer import Trainer
+    from ..training.progress import Reporter
+    from ..training.run import Job, PreparedRun
 
 EPILOG = """examples:
-  lmp_trainer --exp list                               what can be trained
-  lmp_trainer --exp ue                                 train Unified Embeddings on the plan for this machine
-  lmp_trainer --exp ue --training-plan smoke           the same in seconds, to see that it runs
-  lmp_trainer --exp my_idea.py --minutes 5             your own file
-  lmp_trainer --exp ue --set front_embed_mul=16        another setting
-  lmp_trainer --exp ue --describe                      what it is and how large
-  lmp_trainer --exp ue --match params                  its control: the baseline with as many parameters
-  lmp_trainer --exp ue --initial-model RUN             go on from a trained run, also another experiment's
+  lmp_trainer --exp list                           list the experiments
+  lmp_trainer --training-plan list                 list the training plans
+  lmp_trainer --exp NAME                           train on the plan for this machine
+  lmp_trainer --exp NAME --training-plan smoke     train for seconds, to see that it runs
+  lmp_trainer --exp my_idea.py --minutes 5         train your own file
+  lmp_trainer --exp NAME --set num_blocks=4        change a setting
+  lmp_trainer --exp NAME --describe                show what it is and how large
+  lmp_trainer --exp NAME --diff                    show what it changes in its baseline
+  lmp_trainer --exp NAME --match params            train the baseline with as many parameters
+  lmp_trainer --exp NAME --initial-model RUN       start from a trained run's weights
 
-exit status: 0 done, 1 an error that its line explains, 2 wrong usage, 3 loss or gradient not finite,
-130 stopped by Ctrl-C, 143 stopped by SIGTERM (both saved; the same command goes on)."""
+exit status: 0 done, 1 an error that its line explains, 2 wrong usage, 3 loss or gradient not
+finite, 130 stopped by Ctrl-C, 143 stopped by SIGTERM (both saved; the same command continues)."""
 
+TRACKERS = ("wandb", "trackio", "tensorboard")
+RANGE_STEPS = 150  # of --find-lr without --steps
 
-# What does not train, and the options that say nothing there.
-_OF_RUNS = ("match", "initial_model", "log", "fresh", "tokens", "minutes", "save_minutes")
-_OF_PASSES = ("steps", "amp", "compile_model", "mini_batch_size")
+# Modes that do not train, and the options that they would ignore.
+_RUN_OPTIONS = ("match", "initial_model", "log", "fresh", "tokens", "minutes", "save_minutes")
+_PASS_OPTIONS = ("steps", "amp", "compile_model", "mini_batch_size")
+_SELECT_OPTIONS = ("seed", "freeze", "train_only", "no_dirty", "out")
 UNUSED = {
-    "describe": (*_OF_RUNS, *_OF_PASSES, "seed", "freeze", "train_only", "no_dirty", "out"),
-    "check_grads": (*_OF_RUNS, *_OF_PASSES, "out"),
-    "profile": (*_OF_RUNS, "steps"),
-    "find_lr": _OF_RUNS,
+    "describe": (*_RUN_OPTIONS, *_PASS_OPTIONS, *_SELECT_OPTIONS),
+    "diff": (*_RUN_OPTIONS, *_PASS_OPTIONS, *_SELECT_OPTIONS, "training_plan", "overrides"),
+    "check_grads": (*_RUN_OPTIONS, *_PASS_OPTIONS, "out"),
+    "profile": (*_RUN_OPTIONS, "steps"),
+    "find_lr": _RUN_OPTIONS,
 }
-RANGE_STEPS = 150  # of --find-lr, where --steps names none
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,91 +59,86 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--exp", default="gpt2ish", metavar="NAME|FILE.py[:VARIANT]|list", help="the experiment (gpt2ish)")
-    instead = p.add_mutually_exclusive_group()
-    instead.add_argument("--describe", action="store_true", help="say what the experiment is, and do not train")
+    p.add_argument(
+        "--exp", metavar="NAME|FILE.py[:VARIANT]|list", help="the experiment (the baseline)"
+    )
     p.add_argument(
         "--training-plan",
         metavar="NAME|FILE.json|list",
-        help="the arena (laptop; with a CUDA card default, all of English and Spanish Wikipedia from the hub)",
+        help="the plan (laptop; with a CUDA card default: English and Spanish Wikipedia, from the "
+        "hub)",
     )
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    p.add_argument("--amp", action="store_true", help="bf16 where the hardware has it, fp16 on older CUDA cards")
+    _args.add_device(p)
+    _args.add_amp(p)
     p.add_argument("--compile-model", action="store_true", help="torch.compile the model")
-    p.add_argument("--mini-batch-size", type=positive_int, metavar="N", help="sequences in a pass (found by trying)")
+    p.add_argument(
+        "--mini-batch-size",
+        type=_args.positive_int,
+        metavar="N",
+        help="sequences in a forward pass (the fastest is searched)",
+    )
     p.add_argument(
         "--seed",
-        type=seed,
-        help="of weights and dropout (the plan's seed); the order of the data does not depend on it",
+        type=_args.seed,
+        help="of weights and dropout (the plan's); the order of the data does not depend on it",
     )
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a Config field")
-    p.add_argument("--match", choices=("params", "flops"), help="train the baseline at the experiment's size instead")
-    p.add_argument("--initial-model", type=Path, metavar="RUN", help="start from a trained run's weights")
+    _args.add_overrides(p, "a Config field")
+    p.add_argument(
+        "--match",
+        choices=("params", "flops"),
+        help="train the baseline at the experiment's size instead",
+    )
+    p.add_argument(
+        "--initial-model", type=Path, metavar="RUN", help="start from a trained run's weights"
+    )
     p.add_argument(
         "--freeze",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="parameters that do not train, as a shell pattern of their names: '*_embed.*'; may be given again",
+        help="do not train the parameters whose names match, such as '*_embed.*'; repeatable",
     )
     p.add_argument(
-        "--train-only", action="append", default=[], metavar="PATTERN", help="the only ones that do; may be given again"
+        "--train-only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="train only the parameters whose names match; repeatable",
     )
-    p.add_argument("--minutes", type=positive_float, help="budget of training time, instead of the plan's")
-    p.add_argument("--tokens", type=positive_int, help="budget of tokens, instead of the plan's")
-    p.add_argument("--steps", type=positive_int, help="budget of optimizer steps, instead of the plan's")
-    p.add_argument("--fresh", action="store_true", help="start anew; a run that is there is moved aside")
+    p.add_argument("--minutes", type=_args.positive_float, help="budget of training time")
+    p.add_argument("--tokens", type=_args.positive_int, help="budget of tokens")
+    p.add_argument("--steps", type=_args.positive_int, help="budget of optimizer steps")
+    p.add_argument("--fresh", action="store_true", help="start over; an old run is moved aside")
     p.add_argument("--no-dirty", action="store_true", help="refuse to run with uncommitted changes")
-    instead.add_argument(
-        "--check-grads", action="store_true", help="list parameters that get no gradient, and do not train"
+    p.add_argument("--log", choices=TRACKERS, help="log to a tracker, offline (lmplay[log])")
+    p.add_argument(
+        "--save-minutes",
+        type=float,
+        default=5.0,
+        metavar="M",
+        help="minutes between checkpoints (5); 0: after each step",
     )
-    instead.add_argument("--profile", action="store_true", help="profile a few steps; no training")
-    instead.add_argument(
-        "--find-lr", action="store_true", help="range test of the learning rate: a picture, and two rates"
+    _args.add_out(p, "where runs are kept")
+    mode = p.add_mutually_exclusive_group()
+    mode.add_argument("--describe", action="store_true", help="describe the experiment")
+    mode.add_argument("--diff", action="store_true", help="print what it changes in its baseline")
+    mode.add_argument("--check-grads", action="store_true", help="list parameters without gradient")
+    mode.add_argument("--profile", action="store_true", help="profile a few steps")
+    mode.add_argument(
+        "--find-lr", action="store_true", help="learning rate range test: a picture and two rates"
     )
-    p.add_argument("--log", choices=NAMES, help="curves for a tracker as well, offline (needs lmplay[log])")
-    p.add_argument("--save-minutes", type=float, default=5.0, metavar="M", help="between checkpoints (5); 0: each step")
-    p.add_argument("--out", type=Path, default=Path("gpt_out"), metavar="FOLDER", help="where runs are kept (gpt_out)")
     return p
-
-
-def positive_int(text: str) -> int:
-    try:
-        value = int(float(text)) if "e" in text.lower() else int(text)
-    except (ValueError, OverflowError):
-        value = 0
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
-    return value
-
-
-def seed(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2^63 - 1")
-    return value
-
-
-def positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
-    return value
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return ending("lmp_trainer", lambda: command(args), "a smaller --mini-batch-size, or model")
+    return run_command(
+        "lmp_trainer", lambda: command(args), "a smaller --mini-batch-size, or model"
+    )
 
 
 def command(args: argparse.Namespace) -> int:
-    from ..report import make_console
+    from ..training.progress import make_console
 
     console = make_console()
     if args.exp == "list":
@@ -150,38 +148,31 @@ def command(args: argparse.Namespace) -> int:
         list_plans(console)
         return 0
     for mode, options in UNUSED.items():
-        for option in options if getattr(args, mode) else ():
-            if getattr(args, option) != parser().get_default(option):
-                names = f"--{mode.replace('_', '-')} and --{option.replace('_', '-')}"
-                raise LmplayError(f"{names} do not go together")
-    source, variant = find(args.exp)
-    overrides = parse_overrides(args.overrides)
+        if getattr(args, mode):
+            _args.refuse(parser(), args, f"--{mode.replace('_', '-')}", options)
+    args.exp = args.exp or default_baseline()
+    if args.diff:
+        print_diff(args.exp, console)
+        return 0
+    find(args.exp)  # report a wrong name before torch is imported
     from ..devices import tune_memory
 
     memory = tune_memory()  # before torch is imported
-    return train(args, load(source, variant), overrides, memory, console)
+    return train(args, memory, console)
 
 
-def parse_overrides(items: list[str]) -> dict[str, str]:
-    pairs = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise LmplayError(f"--set {item}: write it as KEY=VALUE")
-        pairs[key.strip()] = value.strip()
-    return pairs
-
-
-def list_experiments(sources: list[Source], console: Console) -> None:
-    """One row an idea, its variants folded under it; broken ones with the reason."""
+def list_experiments(sources: list[ExperimentFile], console: Console) -> None:
+    """Print one row per idea, with its variants, and why broken ones are broken."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("experiment", "what it is", "from", box=None, pad_edge=False)
     for source in sorted(sources, key=lambda s: (s.origin != "shipped", s.idea)):
+        origin = escape(source.origin)
         if source.broken:
-            table.add_row(source.idea, f"[red]broken:[/red] {escape(source.broken)}", escape(source.origin))
+            table.add_row(source.idea, f"[red]broken:[/red] {escape(source.broken)}", origin)
             continue
-        table.add_row(f"[bold]{escape(source.idea)}[/bold]", escape(source.summary), escape(source.origin))
+        table.add_row(f"[bold]{escape(source.idea)}[/bold]", escape(source.summary), origin)
         others = [v for v in source.variants if v != source.idea]
         if others:
             table.add_row("", f"[dim]also: {escape(', '.join(others))}[/dim]", "")
@@ -189,6 +180,8 @@ def list_experiments(sources: list[Source], console: Console) -> None:
 
 
 def list_plans(console: Console) -> None:
+    """Print one row per training plan."""
+    from rich.markup import escape
     from rich.table import Table
 
     from ..plan import load_plan, plan_files
@@ -202,119 +195,129 @@ def list_plans(console: Console) -> None:
     console.print(table, highlight=False)
 
 
-def escape(text: str) -> str:
-    from rich.markup import escape as rich_escape
+def print_diff(exp: str, console: Console) -> None:
+    """Print the difference between an experiment's file and its baseline's, in color."""
+    from ..changes import diff
 
-    return rich_escape(text)
-
-
-def choose_plan(name: str | None, device: torch.device, report: Report) -> tuple[str, Plan]:
-    """The plan asked for; without one, what suits the device, and it is said."""
-    from ..plan import find_plan, load_plan
-
-    if name is None:
-        large = device.type == "cuda"
-        name = "default" if large else "laptop"
-        reason = "a CUDA card is used; its texts come from the hub" if large else "no CUDA card is used"
-        report.note(f"training plan: {name} ({reason}; --training-plan list shows the others)")
-    path = find_plan(name)
-    return path.stem, load_plan(path)
+    source, _ = find(exp)
+    baseline, _ = find_baseline(source)
+    if baseline.path == source.path:
+        raise LmplayError(f"--diff: {source.path.name} is its own baseline")
+    colors = {"+": "green", "-": "red", "@": "cyan"}
+    for line in diff(baseline.path, source.path):
+        style = "bold" if line.startswith(("+++", "---")) else colors.get(line[:1])
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def train(
-    args: argparse.Namespace, experiment: Experiment, overrides: dict[str, str], memory: str, console: Console
-) -> int:
-    from ..data.shards import prepare, vocab_size
-    from ..devices import pick_device, pick_precision
-    from ..job import Job, Request, Run, matched, sized_config
-    from ..report import Report
-    from ..trainer import Stopped
+def train(args: argparse.Namespace, memory: str, console: Console) -> int:
+    """Train, or do what the mode asks for."""
+    from .. import python
+    from ..training.loop import Stopped
+    from ..training.progress import Reporter
+    from ..training.run import RunOptions, make_job, prepare_run
 
-    report = Report(console)
-    device = pick_device(args.device)
-    precision = pick_precision(device, args.amp)
-    if precision.note:
-        report.note(precision.note)
-    plan_name, plan = choose_plan(args.training_plan, device, report)
-    plan = plan.with_budget(args.tokens, args.steps, args.minutes)
-    asked = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)}
-    lists = {name: tuple(asked[name]) for name in ("freeze", "train_only")}
-    request = Request(**{**asked, **lists}, command=("lmp_trainer", *sys.argv[1:]), memory=memory)
-    job = Job(experiment, overrides, plan_name, plan, device, precision, report, request)
-    if args.describe:  # sizes are known without the data, which may be on a hub that is out of reach
-        with report:
-            config = sized_config(job, vocab_size(plan, report.preparing))
-        describe(experiment, experiment.runner(config), config, console)
+    reporter = Reporter(console)
+    names = {f.name for f in fields(RunOptions)} & set(vars(args))
+    options = {name: getattr(args, name) for name in names}
+    options["freeze"] = tuple(args.freeze)
+    options["train_only"] = tuple(args.train_only)
+    options["command"] = ("lmp_trainer", *sys.argv[1:])
+    options["memory"] = memory
+    overrides = _args.parse_overrides(args.overrides)
+    if not any(getattr(args, mode) for mode in UNUSED):
+        try:
+            folder = python.train(
+                args.exp,
+                args.training_plan,
+                overrides=overrides,
+                match=args.match,
+                device=args.device,
+                amp=args.amp,
+                reporter=reporter,
+                **options,
+            )
+        except Stopped as e:
+            return e.status
+        print_summary(folder.summary)
         return 0
-    with report:
-        prepared = prepare(plan, report.preparing)
-    config = sized_config(job, prepared.tokenizer.vocab_size)
-    control = None
-    if args.match:
-        job, config, control = matched(job, config, args.match, prepared)
-    run = Run(job, config, prepared, control)
+    job = make_job(
+        args.exp,
+        args.training_plan,
+        overrides,
+        args.device,
+        args.amp,
+        RunOptions(**options),
+        reporter,
+    )
+    if args.describe:
+        describe(job, console)
+        return 0
+    run = prepare_run(job)
     if args.check_grads:
-        return check_grads(run.trainer())
+        return check_grads(run)
     if args.profile:
-        return profile(run.trainer(), args, console)
-    if args.find_lr:
-        return find_lr(run.trainer(), args, report)
-    try:
-        print_summary(run.train())
-    except Stopped as e:
-        return e.status
-    return 0
+        return profile(run, args, console)
+    return find_lr(run, args, reporter)
 
 
 def print_summary(summary: dict[str, object]) -> None:
-    """`key: value` lines that a grep finds."""
+    """Print `key: value` lines, for grep."""
     for key, value in summary.items():
-        print(f"{key}: {value:.6f}" if isinstance(value, float) and key.startswith("val_") else f"{key}: {value}")
+        is_loss = isinstance(value, float) and key.startswith("val_")
+        print(f"{key}: {value:.6f}" if is_loss else f"{key}: {value}")
 
 
-def describe(experiment: Experiment, runner: object, config: object, console: Console) -> None:
-    """Docstring, config with what differs from the defaults, sizes and FLOPs."""
+def describe(job: Job, console: Console) -> None:
+    """Print docstring, config, sizes and FLOPs. It needs no data, which may be out of reach."""
     import dataclasses
     from fnmatch import fnmatch
 
     import torch
 
-    from ..api import Batch, ModelRunner
-    from ..match import measure
-    from ..report import count
+    from ..api import Batch
+    from ..data.prepare import vocab_size
+    from ..training.match import measure
+    from ..training.progress import count
+    from ..training.run import sized_config
 
-    assert isinstance(runner, ModelRunner)
+    experiment = job.experiment
+    with job.reporter:
+        config = sized_config(job, vocab_size(job.plan, job.reporter.preparing))
+    runner = experiment.runner(config)
     console.print(experiment.source.doc.strip(), markup=False, highlight=False, soft_wrap=True)
     print(f"\nfile: {experiment.source.path}\nvariant: {experiment.variant}")
     print(f"variants: {', '.join(experiment.source.variants)}\n\nconfig:")
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+    for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         note = "" if value == field.default else f"   (default {field.default})"
         print(f"  {field.name} = {value}{note}")
-    length = config.max_len  # type: ignore[attr-defined]
+    length = config.max_len
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)  # type: ignore[attr-defined]
+    ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)
     size = measure(runner, Batch(ids, ids))
-    extra, folded = size.training_only, size.folded
     print(f"\nparameters: {size.parameters} ({count(size.parameters)})")
-    print(f"training_only_parameters: {extra} ({count(extra)})\nfolded_parameters: {folded} ({count(folded)})")
-    if extra:
+    print(f"training_only_parameters: {size.training_only} ({count(size.training_only)})")
+    print(f"folded_parameters: {size.folded} ({count(size.folded)})")
+    if size.training_only:
         with torch.device("meta"):
-            names = {name: list(p.shape) for name, p in runner.build().named_parameters()}
-        for name, shape in names.items():
+            shapes = {name: list(p.shape) for name, p in runner.build().named_parameters()}
+        for name, shape in shapes.items():
             if any(fnmatch(name, pattern) for pattern in runner.training_only):
                 print(f"  {name} {shape}")
-    print(f"flops_per_token: {size.flops:.4g} ({count(size.flops)}; training, one sequence of {length})")
-    print(f"inference_flops_per_token: {size.inference_flops:.4g} ({count(size.inference_flops)}; folded, the same)")
+    flops = f"{size.flops:.4g} ({count(size.flops)}; training, one sequence of {length})"
+    print(f"flops_per_token: {flops}")
+    inference = size.inference_flops
+    print(f"inference_flops_per_token: {inference:.4g} ({count(inference)}; folded, the same)")
 
 
-def check_grads(trainer: Trainer) -> int:
-    """Names the parameters that one batch gives no gradient; exit status 1 when there are any."""
-    from .. import probe
+def check_grads(run: PreparedRun) -> int:
+    """Print the parameters that one batch gives no gradient; exit status 1 if there are any."""
+    from ..model import to_batch, without_gradient
 
+    trainer = run.trainer()
     arrays = trainer.streams[0].batch(0, trainer.batch_size)
-    size = min(4, trainer.batch_size)
-    idle = probe.without_gradient(trainer.runner, trainer.model, probe.to_batch(arrays, slice(0, size), trainer.device))
+    batch = to_batch(arrays, slice(0, min(4, trainer.batch_size)), trainer.device)
+    idle = without_gradient(trainer.runner, trainer.model, batch)
     for name in idle:
         print(f"no gradient: {name}")
     total = sum(1 for _ in trainer.model.parameters())
@@ -322,69 +325,69 @@ def check_grads(trainer: Trainer) -> int:
     return 1 if idle else 0
 
 
-def profile(trainer: Trainer, args: argparse.Namespace, console: Console) -> int:
-    """A Chrome trace of a few optimizer steps, and the top operators as a table."""
-    from .. import probe
-    from ..runs import make_out
+def profile(run: PreparedRun, args: argparse.Namespace, console: Console) -> int:
+    """Write a Chrome trace of a few optimizer steps and print the top operators."""
+    from .. import model
+    from ..training.run_folder import make_out
 
-    trainer.prepare(args.mini_batch_size, {})
+    trainer = run.trainer()
+    trainer.set_up(args.mini_batch_size, {})
     arrays = trainer.streams[0].batch(0, trainer.batch_size)
 
     def step() -> None:
-        trainer.accumulate(arrays)
-        trainer.optimizers.prepare(trainer.plan.batch.grad_clip, trainer.loss_scale)
-        trainer.optimizers.step()
-        trainer.optimizers.zero_grad()
+        trainer.train_step(arrays)
 
     make_out(args.out)
-    trace = args.out / f"profile-{Path(trainer.run.path).name}.json"
-    console.print(probe.profile(step, trainer.device, trace))
+    trace = args.out / f"profile-{trainer.run.path.name}.json"
+    console.print(model.profile(step, trainer.device, trace))
     print(f"trace: {trace} (open it at chrome://tracing or ui.perfetto.dev)")
     return 0
 
 
-def find_lr(trainer: Trainer, args: argparse.Namespace, report: Report) -> int:
-    """The range test on the plan's own data and optimizer: a CSV, a picture, the steepest and the safest rate."""
+def find_lr(run: PreparedRun, args: argparse.Namespace, reporter: Reporter) -> int:
+    """Run the range test on the plan's data and optimizer: a CSV, a picture and two rates."""
     import math
 
     import pandas as pd
 
-    from ..lr_range import range_test
-    from ..plots import draw_range
-    from ..runs import make_out
+    from ..analysis.figures import draw_range
+    from ..errors import NotFiniteError
+    from ..files import atomic_write
+    from ..training.lr_finder import range_test
+    from ..training.run_folder import make_out
 
-    trainer.prepare(args.mini_batch_size, {})
-    spec = trainer.plan.optimizer_of(trainer.current)
+    trainer = run.trainer()
+    trainer.set_up(args.mini_batch_size, {})
+    spec = trainer.plan.optimizer_of(trainer.stage)
 
-    def step(index: int, factor: float) -> float:
+    def step(index: int, multiplier: float) -> float:
         arrays = trainer.streams[0].batch(index, trainer.batch_size)
-        trainer.optimizers.set_factor(factor)
-        sums = trainer.accumulate(arrays)
-        loss = sums["loss"] / max(1, arrays.n_tokens)
-        norm = float(trainer.optimizers.prepare(trainer.plan.batch.grad_clip, trainer.loss_scale))
-        if math.isfinite(norm):
-            trainer.optimizers.step()
-        elif trainer.loss_scale > 1:  # of fp16, too large for its range
-            trainer.loss_scale /= 2
-        else:
+        trainer.optimizers.set_lr(multiplier)
+        try:
+            return trainer.train_step(arrays).loss_sum / max(1, arrays.n_tokens)
+        except NotFiniteError:
             return math.inf
-        trainer.optimizers.zero_grad()
-        return loss
 
-    with report:
-        found = range_test(step, spec.lr, args.steps or RANGE_STEPS, report.show)
+    with reporter:
+        found = range_test(step, spec.lr, args.steps or RANGE_STEPS, reporter.show)
     make_out(args.out)
-    stem = args.out / f"find-lr-{trainer.run.path.parent.name}-{trainer.run.path.name}"
-    draw_range(stem.with_name(stem.name + ".png"), found, f"{trainer.run.path.name} on {trainer.run.path.parent.name}")
+    name = trainer.run.path.name
+    plan = trainer.run.path.parent.name
+    picture = args.out / f"find-lr-{plan}-{name}.png"
+    values = picture.with_name(f"find-lr-{plan}-{name}.csv")
+    draw_range(picture, found, f"{name} on {plan}")
     rows = {"lr": found.rates, "loss": found.losses, "smoothed": found.smoothed}
-    with whole(stem.with_name(stem.name + ".csv")) as temporary:
+    with atomic_write(values) as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)
-    print(f"plan_lr: {spec.lr:g}\nsteepest_lr: {found.steepest:.3g}")
-    if found.safest is None:
-        print(f"safest_lr: unknown: the loss still fell at {found.rates[-1]:.3g}, the highest rate that was tried")
+    print(f"plan_lr: {spec.lr:g}\nsteepest_lr: {found.steepest_lr:.3g}")
+    if found.suggested_lr is None:
+        print(
+            f"suggested_lr: unknown: the loss still fell at {found.rates[-1]:.3g}, the highest "
+            "rate that was tried"
+        )
     else:
-        print(f"safest_lr: {found.safest:.3g}")
-    print(f"picture: {stem}.png\nvalues: {stem}.csv")
+        print(f"suggested_lr: {found.suggested_lr:.3g}")
+    print(f"picture: {picture}\nvalues: {values}")
     return 0
 
 

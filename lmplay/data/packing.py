@@ -1,9 +1,10 @@
-"""From tokens to batches: packed sequences in an order that is a pure function of the position.
+"""Packed sequences in a fixed order.
 
-Sequence i of a data set is the tokens [iT, iT + T); its targets are the tokens one further. Nothing is
-padded and no two sequences overlap. Which sequence comes at which place follows from (plan seed, plan step,
-data set, epoch, place) alone: the same for every experiment, run seed and mini-batch size. A resume
-computes its place directly, and several processes each compute their own share.
+Sequence i of a data set is the tokens [iT, iT + T); its targets are shifted by one. Nothing is
+padded, and no two sequences overlap. The plan's seed, the stage, the data set, the epoch and the
+position decide which sequence is read where. So every experiment, run seed and mini-batch size
+reads the same data, a resumed run computes its position directly, and each of several processes
+computes its own share.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import LmplayError
-from ..plan import Plan, Step
-from .shards import Prepared, Tokens
-
-IGNORE = -100  # as in lmplay.api, which needs torch
+from ..ops import IGNORE
+from ..plan import Plan, PlanStage
+from .prepare import Prepared
+from .token_files import Tokens
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """A pseudo-random permutation of range(n), evaluated at `index` without holding it.
+    """Pseudo-random permutation of range(n), evaluated at `index` only.
 
-    A balanced Feistel network of six rounds (Luby & Rackoff 1988) on the smallest domain of 4^k >= n, walked
-    until the value falls below n (Black & Rogaway 2002, "cycle walking").
+    A balanced Feistel network of six rounds (Luby & Rackoff 1988) on the smallest domain 4^k >= n,
+    repeated until the value is below n ("cycle walking", Black & Rogaway 2002). A shuffled array
+    per epoch would be simpler, but every number in docs/results.md depends on this order.
 
     index (m,) with values in [0, n) -> (m,) uint64.
     """
@@ -35,7 +37,8 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     keys = [np.uint64(_hash(key, r)) for r in range(6)]
 
     def encrypt(x: np.ndarray) -> np.ndarray:
-        left, right = x >> shift, x & mask
+        left = x >> shift
+        right = x & mask
         for k in keys:
             mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)
             mixed ^= mixed >> np.uint64(29)
@@ -54,13 +57,13 @@ def _hash(*parts: object) -> int:
 
 
 def share(batch_size: int, rank: int, world: int) -> slice:
-    """Which sequences of a batch process `rank` of `world` reads: contiguous, as equal as can be."""
+    """Return the part of a batch that process `rank` of `world` reads."""
     return slice(batch_size * rank // world, batch_size * (rank + 1) // world)
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Sequences as arrays: ids and targets (m, T) int64; targets are IGNORE where no loss is counted."""
+    """Sequences: ids and targets (m, T) int64; targets are IGNORE where no loss is counted."""
 
     ids: np.ndarray
     targets: np.ndarray
@@ -71,34 +74,39 @@ class Arrays:
 
 
 class Mixture:
-    """The stream of sequences of one plan step.
+    """The sequences of one plan stage, in order.
 
-    Data sets take turns in a repeating pattern: one turn each, or by weights in a pattern of up to 1000
-    turns in which each data set's turns are spread evenly.
+    Data sets take turns in a repeating pattern: one turn each, or by weights in a pattern of about
+    1000 turns that spreads each data set's turns evenly.
     """
 
     PATTERN = 1000
 
-    def __init__(self, step: Step, number: int, sets: list[Tokens], length: int, seed: int):
-        self.step, self.number, self.length, self.seed = step, number, length, seed
+    def __init__(self, stage: PlanStage, number: int, sets: list[Tokens], length: int, seed: int):
+        self.stage = stage
+        self.number = number
+        self.length = length
+        self.seed = seed
         self.sets = sets
         self.sizes = np.array([max(0, (len(t.train) - 1) // length) for t in sets])
         for tokens, size in zip(sets, self.sizes, strict=True):
             if size == 0:
                 raise LmplayError(
-                    f"data set {tokens.name}: {len(tokens.train)} training tokens are no sequence of {length}: "
+                    f"data set {tokens.name}: {len(tokens.train)} training tokens are too few for "
+                    "a "
+                    f"sequence of {length}: "
                     "more text, or a smaller max_len?"
                 )
         counts = self._turns()
-        # Turns of a data set with c of them stand at (i + 1/2) / c; sorting merges the data sets evenly.
+        # Put the c turns of a data set at (i + 1/2) / c; sorting spreads them evenly.
         places = [((i + 0.5) / c, d, i) for d, c in enumerate(counts) for i in range(c)]
         ordered = sorted(places)
         self.pattern = np.array([d for _, d, _ in ordered])
-        self.nth = np.array([i for _, _, i in ordered])  # the how-manieth turn of its data set in the pattern
+        self.nth = np.array([i for _, _, i in ordered])
         self.turns = np.array(counts)
 
     def _turns(self) -> list[int]:
-        weights = self.step.weights
+        weights = self.stage.weights
         if weights is None:
             return [1] * len(self.sets)
         total = sum(weights)
@@ -106,21 +114,22 @@ class Mixture:
 
     @property
     def sequences(self) -> int:
-        """How many sequences an epoch of this step has."""
-        if self.step.interleave == "concatenate":
+        """Number of sequences in an epoch of this stage."""
+        if self.stage.interleave == "concatenate":
             return int(self.sizes.sum())
         rounds = self.sizes / self.turns
-        fit = rounds.min() if self.step.interleave == "first_exhausted" else rounds.max()
+        fit = rounds.min() if self.stage.interleave == "first_exhausted" else rounds.max()
         return max(1, int(fit * len(self.pattern)))
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Data set and sequence number (m,) of each place in the stream."""
-        if self.step.interleave == "concatenate":
+        """Return the data set and the sequence number, (m,) each, at these positions."""
+        if self.stage.interleave == "concatenate":
             total = int(self.sizes.sum())
             flat = self._shuffled(positions, total, "all")
             which = np.searchsorted(np.cumsum(self.sizes), flat, side="right")
             return which, flat - (np.cumsum(self.sizes) - self.sizes)[which]
-        rounds, turn = positions // len(self.pattern), positions % len(self.pattern)
+        rounds = positions // len(self.pattern)
+        turn = positions % len(self.pattern)
         which = self.pattern[turn]
         nth = rounds * self.turns[which] + self.nth[turn]
         out = np.empty(len(positions), dtype=np.int64)
@@ -130,7 +139,7 @@ class Mixture:
         return which, out
 
     def _shuffled(self, nth: np.ndarray, size: int, name: str) -> np.ndarray:
-        """The nth draw from `size` sequences, every epoch in a fresh order."""
+        """Return the nth draws from `size` sequences; each epoch has a new order."""
         out = np.empty(len(nth), dtype=np.int64)
         for epoch in np.unique(nth // size):
             here = nth // size == epoch
@@ -139,22 +148,25 @@ class Mixture:
         return out
 
     def batch(self, index: int, batch_size: int, rank: int = 0, world: int = 1) -> Arrays:
-        """The sequences that process `rank` of `world` reads in optimizer step `index` of this plan step."""
+        """Return what process `rank` of `world` reads in optimizer step `index` of this stage."""
         part = share(batch_size, rank, world)
         positions = np.arange(index * batch_size + part.start, index * batch_size + part.stop)
         which, sequence = self.locate(positions)
         pairs = [
-            cut(self.sets[d].train, self.sets[d].train_mask, int(s), self.length)
+            window(self.sets[d].train, self.sets[d].train_mask, int(s), self.length)
             for d, s in zip(which, sequence, strict=True)
         ]
         return Arrays(np.stack([i for i, _ in pairs]), np.stack([t for _, t in pairs]))
 
 
-def cut(tokens: np.ndarray, mask: np.ndarray | None, sequence: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """ids and targets (T,) of one sequence; what is missing at the end of the tokens is IGNORE."""
+def window(
+    tokens: np.ndarray, mask: np.ndarray | None, sequence: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and targets (T,) of one sequence; past the last token the targets are IGNORE."""
     start = sequence * length
     window = np.asarray(tokens[start : start + length + 1]).astype(np.int64)
-    ids, targets = np.zeros(length, np.int64), np.full(length, IGNORE, np.int64)
+    ids = np.zeros(length, np.int64)
+    targets = np.full(length, IGNORE, np.int64)
     ids[: len(window[:-1])] = window[:-1]
     targets[: len(window) - 1] = window[1:]
     if mask is not None:
@@ -164,32 +176,37 @@ def cut(tokens: np.ndarray, mask: np.ndarray | None, sequence: int, length: int)
 
 
 def mixtures(plan: Plan, prepared: Prepared, length: int) -> list[Mixture]:
-    """One stream for each step of the plan, with sequences of `length` tokens."""
+    """Return the sequences of each stage of the plan, `length` tokens long."""
     return [
-        Mixture(step, number, [prepared.tokens[name] for name in step.datasets], length, plan.seed)
-        for number, step in enumerate(plan.steps)
+        Mixture(
+            stage, number, [prepared.tokens[name] for name in stage.datasets], length, plan.seed
+        )
+        for number, stage in enumerate(plan.steps)
     ]
 
 
 class ValidationSet:
-    """The fixed validation set of a plan: the first tokens of each data set's validation documents, whole."""
+    """A plan's validation set: the first validation tokens of each data set."""
 
     def __init__(self, plan: Plan, prepared: Prepared, length: int):
         names = plan.used_datasets
         budget = max(1, plan.validation.tokens // len(names))
-        self.length, self.parts = length, []
+        self.length = length
+        self.parts = []
         for name in names:
             tokens = prepared.tokens[name]
             n = min(len(tokens.val), budget + 1)
             if n < 2:
-                raise LmplayError(f"data set {name}: no document fell into validation; raise validation.fraction")
+                raise LmplayError(
+                    f"data set {name}: no document fell into validation; raise validation.fraction"
+                )
             mask = None if tokens.val_mask is None else tokens.val_mask[:n]
             self.parts.append((tokens.val[:n], mask))
 
     def batches(self, size: int) -> Iterator[Arrays]:
-        """All of it, `size` sequences at a time; the last of a data set is filled up with IGNORE."""
+        """Yield all sequences, `size` at a time; the last one of a data set may end early."""
         pairs = [
-            cut(tokens, mask, s, self.length)
+            window(tokens, mask, s, self.length)
             for tokens, mask in self.parts
             for s in range((len(tokens) - 2) // self.length + 1)
         ]

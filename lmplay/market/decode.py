@@ -1,4 +1,5 @@
-"""Reading streams of tokens with whichever model: through its cache for endless texts, or again and again."""
+"""Read token streams with any model: through its cache for endless texts, or again from the
+start."""
 
 from __future__ import annotations
 
@@ -12,20 +13,28 @@ from ..api import ModelRunner
 
 
 class Reader:
-    """B streams of messages that a model has read, each with a length of its own.
+    """B streams of messages that a model reads; each has its own length.
+
+    `seconds` is the time spent in the model.
 
     Args:
-        length: positions that the model may see: a sink, and the latest messages.
-        piece: tokens to a message.
-        cached: False reads everything again for every token, also where the model has a cache.
-
-    `seconds` counts the time spent in the model.
+        length: positions that the model sees: a sink and the latest messages.
+        piece: tokens per message.
+        cached: False: read everything again for every token, even if the model has a cache.
     """
 
     def __init__(
-        self, runner: ModelRunner, model: nn.Module, batch_size: int, length: int, piece: int, cached: bool = True
+        self,
+        runner: ModelRunner,
+        model: nn.Module,
+        batch_size: int,
+        length: int,
+        piece: int,
+        cached: bool = True,
     ):
-        self.runner, self.model, self.piece = runner, model, piece
+        self.runner = runner
+        self.model = model
+        self.piece = piece
         self.device = next(model.parameters()).device
         self.stream: Any = runner.new_stream(model, batch_size, length) if cached else None
         if self.stream is None:
@@ -37,13 +46,15 @@ class Reader:
         return not isinstance(self.stream, _Reread)
 
     def read(self, ids: Tensor) -> Tensor:
-        """ids (B, t) -> logits (B, V) float32 behind the last."""
+        """Read ids (B, t); return the logits (B, V) float32 after the last one."""
         began = time.perf_counter()
         with torch.no_grad():
             if isinstance(self.stream, _Reread):
                 logits = self.stream.logits(self.runner, self.model, ids.to(self.device))
             else:
-                logits, self.stream = self.runner.logits(self.model, ids.to(self.device), self.stream)
+                logits, self.stream = self.runner.logits(
+                    self.model, ids.to(self.device), self.stream
+                )
             logits = logits.float().cpu()
         self.seconds += time.perf_counter() - began
         return logits
@@ -60,7 +71,7 @@ class Reader:
 
 
 class _Reread:
-    """The stream of a model without a cache for endless texts: what was read, which every token reads again."""
+    """The stream of a model without a cache for endless texts: each token reads all of it again."""
 
     def __init__(self, batch_size: int, length: int):
         self.rows: list[list[int]] = [[] for _ in range(batch_size)]
@@ -72,7 +83,9 @@ class _Reread:
         out: list[Tensor | None] = [None] * len(self.rows)
         for size in {len(row) for row in self.rows}:  # rows of one length are one batch
             which = [i for i, row in enumerate(self.rows) if len(row) == size]
-            logits, _ = runner.logits(model, torch.tensor([self.rows[i] for i in which], device=ids.device))
+            logits, _ = runner.logits(
+                model, torch.tensor([self.rows[i] for i in which], device=ids.device)
+            )
             for i, row in zip(which, logits, strict=True):
                 out[i] = row
         return torch.stack([row for row in out if row is not None])
@@ -87,5 +100,6 @@ class _Reread:
 
     def roll_back(self, mark: list[list[int]], rows: Tensor) -> None:
         self.rows = [
-            list(kept) if back else row for kept, row, back in zip(mark, self.rows, rows.tolist(), strict=True)
+            list(kept) if back else row
+            for kept, row, back in zip(mark, self.rows, rows.tolist(), strict=True)
         ]

@@ -1,8 +1,8 @@
-"""What happens in a market, and how an event is told by the book it meets.
+"""Events that change a book, and messages that describe them relative to the book.
 
-An event names its order by an id. A message (:mod:`lmplay.market.messages`) has no ids: it names an order by side,
-price, size and time. :class:`Market` holds the book between the two, and is the one place where prices become
-distances to the mid: data are encoded and models are simulated by the same code.
+An event names its order by an id. A message (:mod:`lmplay.market.messages`) has no ids: it names an
+order by side, price, size and time. :class:`Market` converts between them and is the only place
+where prices become distances to the mid: the same code encodes data and simulates.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ KINDS = ("add", "execute", "execute_at", "cancel", "replace")
 NA = -(2**40)
 """What a message's field holds that its kind does not have."""
 
-MAX_PRICE, MAX_SIZE, MAX_SECONDS = 999, 9999, 999
+MAX_PRICE = 999
+MAX_SIZE = 9999
+MAX_SECONDS = 999
 DAY = 86_400 * 10**9
 
 
 class Event(NamedTuple):
     """One change of the book.
 
-    price, size: of the new order (ADD, REPLACE), of the trade (EXECUTE_AT has another price than its order), or how
-    much is cancelled. A cancel of all that is left is a delete. order: the id; new: the id that a REPLACE gives.
+    price, size: of the new order (ADD, REPLACE) or of the trade (EXECUTE_AT has another price than
+    its order); for CANCEL the size that is cancelled, where all that is left is a delete.
+    order: the id. new: the id that a REPLACE gives.
     """
 
     time: int
@@ -38,10 +41,10 @@ class Event(NamedTuple):
 
 
 class Message(NamedTuple):
-    """An event without ids: prices are ticks from the mid before the event, `ref` is the order it is about.
+    """An event without ids. Prices are ticks from the mid before the event; `ref_*` name its order.
 
-    `remaining` is what is left of that order after an EXECUTE, EXECUTE_AT or CANCEL; NA where the kind has no such
-    field. The last three are :meth:`Market.touch` before the event.
+    `remaining` is what is left of that order after an EXECUTE, EXECUTE_AT or CANCEL; NA for kinds
+    without the field. The last three are :meth:`Market.touch` before the event.
     """
 
     ticker: int
@@ -61,16 +64,17 @@ class Message(NamedTuple):
 
 
 class Market:
-    """A live book with its clock.
+    """A live book with a clock.
 
     Args:
         ticker: the number of its ticker in the vocabulary.
-        orders: what rests at the beginning, in the order of arrival.
-        time: the clock at the beginning.
+        orders: orders that rest at the start, in the order of arrival.
+        time: the clock at the start.
     """
 
     def __init__(self, ticker: int = 0, orders: list[Order] | None = None, time: int = 0):
-        self.ticker, self.time = ticker, time
+        self.ticker = ticker
+        self.time = time
         self.book = Book()
         self.next_id = 1
         for o in orders or []:
@@ -80,24 +84,35 @@ class Market:
         self.book.set_horizon(MAX_PRICE)  # not before: half a book has another mid price
 
     def copy(self) -> Market:
-        """A market in the same state that goes its own way."""
-        queues = [o for side in (0, 1) for p in self.book.prices[side] for o in self.book.queue(side, p)]
-        other = Market(self.ticker, [Order(o.id, o.side, o.price, o.size, o.time) for o in queues], self.time)
-        other.book.seen, other.next_id = self.book.seen, self.next_id
+        """Return an independent market in the same state."""
+        queues = [
+            o for side in (0, 1) for p in self.book.prices[side] for o in self.book.queue(side, p)
+        ]
+        other = Market(
+            self.ticker, [Order(o.id, o.side, o.price, o.size, o.time) for o in queues], self.time
+        )
+        other.book.seen = self.book.seen
+        other.next_id = self.next_id
         return other
 
     @property
     def mid(self) -> int:
-        """Raises BookError where the book never had two sides."""
+        """The mid price. Raises BookError if the book never had two sides."""
         mid = self.book.mid()
         if mid is None:
-            raise BookError("the book has never had both sides: there is no mid price to count from")
+            raise BookError(
+                "the book has never had both sides: there is no mid price to count from"
+            )
         return mid
 
     def touch(self) -> tuple[int, int, int]:
-        """The best prices' distance in ticks, and the volume at the best bid and at the best ask to their leading digit
-        (4711 is 4000): as far as a message can tell, and NA where a side is empty."""
-        bid, ask = self.book.best(BID), self.book.best(ASK)
+        """Return spread in ticks, and volume at the best bid and at the best ask.
+
+        Volumes are rounded down to their leading digit (4711 is 4000). All are limited to what a
+        message can hold, and NA if a side is empty.
+        """
+        bid = self.book.best(BID)
+        ask = self.book.best(ASK)
         spread = NA if bid is None or ask is None else min(ask - bid, MAX_PRICE)
         volumes = [
             NA if best is None else _leading_digit(min(self.book.volume[side][best], MAX_SIZE))
@@ -106,12 +121,13 @@ class Market:
         return spread, volumes[0], volumes[1]
 
     def describe(self, event: Event) -> Message:
-        """The message of an event that is about to happen.
+        """Return the message of an event that is about to happen.
 
         Raises:
-            BookError: it is about an order that is not there, or takes more than is left.
+            BookError: its order does not exist, or less is left than it takes.
         """
-        mid, dt = self.mid, event.time - self.time
+        mid = self.mid
+        dt = event.time - self.time
         if event.kind == ADD:
             return Message(
                 self.ticker,
@@ -134,17 +150,29 @@ class Market:
         if event.kind != REPLACE:
             remaining = order.size - event.size
             if remaining < 0:
-                raise BookError(f"order {event.order} has {order.size} left, {event.size} cannot be taken")
+                raise BookError(
+                    f"order {event.order} has {order.size} left, {event.size} cannot be taken"
+                )
         return Message(
-            self.ticker, event.kind, order.side, event.price - mid, event.size, remaining, dt, event.time,
-            order.price - mid, order.size, order.time, *self.touch(),
-        )  # fmt: skip
+            self.ticker,
+            event.kind,
+            order.side,
+            event.price - mid,
+            event.size,
+            remaining,
+            dt,
+            event.time,
+            order.price - mid,
+            order.size,
+            order.time,
+            *self.touch(),
+        )
 
     def interpret(self, message: Message, order: Order | None = None) -> Event:
-        """The event that a message tells of; its order is found in the book, unless it is given.
+        """Return the event of a message. Its order is looked up in the book, unless it is given.
 
         Raises:
-            BookError: no resting order has that side, price, size and time, or less is left than is taken.
+            BookError: no resting order has that side, price, size and time, or less is left.
         """
         mid = self.mid
         price = mid + message.price
@@ -156,20 +184,25 @@ class Market:
             if order is None:
                 raise BookError("no resting order has that side, price, size and time")
         if message.kind == REPLACE:
-            return Event(message.time, REPLACE, message.side, price, message.size, order.id, self.next_id)
+            return Event(
+                message.time, REPLACE, message.side, price, message.size, order.id, self.next_id
+            )
         if message.kind == CANCEL and (message.size > order.size or message.remaining == 0):
-            message = message._replace(size=order.size)  # of at least what is left, or all of it by its own word
+            # of at least what is left, or all of it by its own word
+            message = message._replace(size=order.size)
         if not 0 < message.size <= order.size:
-            raise BookError(f"order {order.id} has {order.size} left, {message.size} cannot be taken")
+            raise BookError(
+                f"order {order.id} has {order.size} left, {message.size} cannot be taken"
+            )
         if message.kind != EXECUTE_AT:
             price = order.price
         return Event(message.time, message.kind, message.side, price, message.size, order.id)
 
     def apply(self, event: Event) -> None:
-        """Let it happen; an order that crosses trades with the other side.
+        """Apply an event; an order that crosses trades with the other side.
 
         Raises:
-            BookError: as :class:`Book` does; nothing changed then.
+            BookError: as :class:`Book`. The market is unchanged then.
         """
         if event.kind == ADD:
             self.book.add(event.order, event.side, event.price, event.size, event.time)
@@ -181,9 +214,9 @@ class Market:
         self.next_id = max(self.next_id, event.order + 1, event.new + 1)
 
     def steps(self, event: Event) -> Iterator[Event]:
-        """The event as adds, trades and cancels that do one thing each, as exchanges publish them.
+        """Yield the event as single adds, trades and cancels, as exchanges publish them.
 
-        Each has to be applied before the next is asked for; together they do what the event does.
+        Apply each before asking for the next; together they do what the event does.
         """
         if event.kind == REPLACE:
             order = self.book.orders[event.order]

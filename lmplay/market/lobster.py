@@ -1,14 +1,17 @@
-"""LOBSTER's files, read and written: a message file, and a book file with the state after each message.
+"""LOBSTER's files, read and written: a message file, and a book file with the state after each
+message.
 
-Message columns: time (seconds after midnight, decimal), type (1 add, 2 partial cancel, 3 delete, 4 trade, 5 trade with
-a hidden order, 6 cross, 7 halt), order id, size, price times 10000, direction (1 buy, -1 sell, of the resting order).
-Book columns, for each level: ask price, ask size, bid price, bid size; an empty slot is 9999999999 or -9999999999 with
-size 0. Source: https://lobsterdata.com/info/DataStructure.php.
+Message columns: time (seconds after midnight, decimal), type (1 add, 2 partial cancel, 3 delete, 4
+trade, 5 trade with a hidden order, 6 cross, 7 halt), order id, size, price times 10000, direction
+(1 buy, -1 sell, of the resting order). Book columns, for each level: ask price, ask size, bid
+price, bid size; an empty slot is 9999999999 or -9999999999 with size 0. Source:
+https://lobsterdata.com/info/DataStructure.php.
 
-A book file shows the best levels only, and the messages are about these only. What rests before the first message has
-no add: it is seeded from the first row, one order to a level, with a negative id; messages about orders that were never
-added are about these. A level that comes into view, or that changed out of view and comes back, becomes a cancel of
-what was there and an add, which no line of the message file says: they are counted.
+A book file shows the best levels only, and the messages are about these only. What rests before the
+first message has no add: it is seeded from the first row, one order to a level, with a negative id;
+messages about orders that were never added are about these. A level that comes into view, or that
+changed out of view and comes back, becomes a cancel of what was there and an add, which no line of
+the message file says: they are counted.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import IO, NamedTuple
 from ..errors import LmplayError
 from .book import ASK, BID, Book, Order
 from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, MAX_SIZE, Event, Market
-from .sessions import Findings, Session
+from .sessions import DataIssues, Session
 
 NAME = re.compile(r"(?P<ticker>[^_]+)_(?P<day>[^_]+)_(?P<rest>.*)message(?P<levels>_?\d*)\.csv")
 TYPES = {1: ADD, 2: CANCEL, 3: CANCEL, 4: EXECUTE}
@@ -32,7 +35,7 @@ PER_DOLLAR = 10_000
 
 
 class Row(NamedTuple):
-    """One line of a message file; time in nanoseconds, price in ticks."""
+    """One line of a message file: time in nanoseconds, price in ticks."""
 
     time: int
     type: int
@@ -43,15 +46,19 @@ class Row(NamedTuple):
 
 
 def sessions(path: Path, tick: int) -> list[Session]:
-    """The sessions of a message file, or of all in a folder, by name.
+    """Return the sessions of a message file, or of all message files in a folder, by name.
 
     Args:
-        tick: the price grid, in units of 1/10000: 100 is a cent.
+        tick: the price grid in units of 1/10000: 100 is a cent.
 
     Raises:
         LmplayError: there is none, or a book file is missing.
     """
-    files = [path] if path.is_file() else sorted(p for p in path.glob("*.csv") if NAME.fullmatch(p.name))
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(p for p in path.glob("*.csv") if NAME.fullmatch(p.name))
+    )
     if not files:
         raise LmplayError(f"{path}: there is no message file (TICKER_DAY_..._message_LEVELS.csv)")
     return [_session(file, tick) for file in files]
@@ -65,19 +72,25 @@ def _session(path: Path, tick: int) -> Session:
     if not book_path.is_file():
         raise LmplayError(f"{path}: its book file is missing: {book_path.name}")
     with open(path, newline="") as messages, open(book_path, newline="") as books:
-        first, state = next(csv.reader(messages), None), next(csv.reader(books), None)
+        first = next(csv.reader(messages), None)
+        state = next(csv.reader(books), None)
     if first is None or state is None:
         raise LmplayError(f"{path}: the file is empty")
-    start, view = _row(first, tick, path, 1), _levels(state, tick, book_path, 1)
+    start = _row(first, tick, path, 1)
+    view = _levels(state, tick, book_path, 1)
     seeds = [
         Order(-1 - i, side, price, min(size, MAX_SIZE), start.time)
-        for i, (side, price, size) in enumerate((s, p, v) for s in (BID, ASK) for p, v in view[s].items())
+        for i, (side, price, size) in enumerate(
+            (s, p, v) for s in (BID, ASK) for p, v in view[s].items()
+        )
     ]
 
-    def events(market: Market, findings: Findings) -> Iterator[tuple[int, Event]]:
+    def events(market: Market, issues: DataIssues) -> Iterator[tuple[int, Event]]:
         # The first message is part of the first row's state already.
         clipped = {(side, p) for side in (BID, ASK) for p, v in view[side].items() if v > MAX_SIZE}
-        yield from _events(path, book_path, tick, market, findings, view, clipped, next_seed=-1 - len(seeds))
+        yield from _events(
+            path, book_path, tick, market, issues, view, clipped, next_seed=-1 - len(seeds)
+        )
 
     return Session(path.name, match["ticker"], start.time, seeds, events, tick)
 
@@ -87,7 +100,7 @@ def _events(
     book_path: Path,
     tick: int,
     market: Market,
-    findings: Findings,
+    issues: DataIssues,
     view: list[dict[int, int]],
     clipped: set[tuple[int, int]],
     next_seed: int,
@@ -101,24 +114,27 @@ def _events(
                 continue
             state = next(book_rows, None)
             if state is None:
-                raise LmplayError(f"{book_path}: it ends after line {line - 1}, its message file goes on")
+                raise LmplayError(
+                    f"{book_path}: it ends after line {line - 1}, its message file goes on"
+                )
             try:
-                row, after = _row(fields, tick, path, line), _levels(state, tick, book_path, line)
+                row = _row(fields, tick, path, line)
+                after = _levels(state, tick, book_path, line)
             except LmplayError:
-                if findings.errors == "stop":
+                if issues.errors == "stop":
                     raise
-                findings.counts["skipped: cannot be read"] += 1
+                issues.counts["skipped: cannot be read"] += 1
                 continue
             if row.type in UNSEEN:
-                findings.counts[UNSEEN[row.type]] += 1
+                issues.counts[UNSEEN[row.type]] += 1
             elif row.type not in TYPES:
-                findings.wrong(line, "type", f"there is no type {row.type}")
+                issues.wrong(line, "type", f"there is no type {row.type}")
             else:
                 yield line, _event(row, book)
             touched = (row.side, row.price) if row.type in TYPES else None
             if touched and row.type == 1 and row.size > MAX_SIZE:
                 clipped.add(touched)
-            for event in _differences(book, after, view, touched, clipped, tick, findings, line):
+            for event in _differences(book, after, view, touched, clipped, tick, issues, line):
                 event = event._replace(time=row.time)
                 if event.kind == ADD:
                     event = event._replace(order=next_seed)
@@ -130,47 +146,59 @@ def _events(
 
 
 def _differences(
-    book: Book, after: list[dict[int, int]], before: list[dict[int, int]], touched: tuple[int, int] | None,
-    clipped: set[tuple[int, int]], tick: int, findings: Findings, line: int,
-) -> Iterator[Event]:  # fmt: skip
-    """What it takes to make the book what its file shows: levels that came into view, or left it and changed there.
+    book: Book,
+    after: list[dict[int, int]],
+    before: list[dict[int, int]],
+    touched: tuple[int, int] | None,
+    clipped: set[tuple[int, int]],
+    tick: int,
+    issues: DataIssues,
+    line: int,
+) -> Iterator[Event]:
+    """Yield the events that make the book equal to its file: levels that entered or left the view.
 
-    Where a level was in view before, the messages should have made it what it is: else the files disagree.
+    If a level was in view before and differs, the files contradict each other.
     """
     for side in (BID, ASK):
-        shown, whole = after[side], len(after[side]) < len(before[side])
+        shown = after[side]
+        whole = len(after[side]) < len(before[side])
         worst = (min if side == BID else max)(shown, default=None)
         for price in list(book.prices[side]):
             inside = worst is None or whole or (price >= worst if side == BID else price <= worst)
-            mine, theirs = book.volume[side].get(price, 0), shown.get(price, 0)
+            mine = book.volume[side].get(price, 0)
+            theirs = shown.get(price, 0)
             if mine == theirs or not inside or book.beyond(price) or (side, price) in clipped:
                 continue
             if price in before[side] or (side, price) == touched:
                 text = f"the book file has {theirs} at {price * tick}, the messages make {mine}"
-                findings.wrong(line, "book file disagrees", text)
-            findings.counts["levels that changed out of view"] += 1
+                issues.wrong(line, "book file disagrees", text)
+            issues.counts["levels that changed out of view"] += 1
             for order in list(book.queue(side, price)):
                 yield Event(0, CANCEL, side, price, order.size, order.id)
     for side in (BID, ASK):
         for price, volume in after[side].items():
             if price in book.volume[side] or book.beyond(price):
                 continue
-            expected = (side, price) in clipped or not (price in before[side] or (side, price) == touched)
+            expected = (side, price) in clipped or not (
+                price in before[side] or (side, price) == touched
+            )
             if not expected:
                 text = f"the book file has {volume} at {price * tick}, the messages make 0"
-                findings.wrong(line, "book file disagrees", text)
+                issues.wrong(line, "book file disagrees", text)
             if book.crosses(side, price):
-                findings.counts["levels that would trade at once"] += 1
+                issues.counts["levels that would trade at once"] += 1
                 continue
-            findings.counts["levels that came into view"] += 1
+            issues.counts["levels that came into view"] += 1
             if volume > MAX_SIZE:
                 clipped.add((side, price))
             yield Event(0, ADD, side, price, min(volume, MAX_SIZE), 0)
 
 
 def _event(row: Row, book: Book) -> Event:
-    kind, order = TYPES[row.type], row.order
-    if kind != ADD and order not in book.orders:  # it was there before the file began, or came into view
+    kind = TYPES[row.type]
+    order = row.order
+    # it was there before the file began, or came into view
+    if kind != ADD and order not in book.orders:
         seed = next((o for o in book.queue(row.side, row.price) if o.id < 0), None)
         order = order if seed is None else seed.id
     return Event(row.time, kind, row.side, row.price, row.size, order)
@@ -178,7 +206,10 @@ def _event(row: Row, book: Book) -> Event:
 
 def _row(fields: Sequence[str], tick: int, path: Path, line: int) -> Row:
     if len(fields) < 6:  # some files have a seventh, empty one
-        raise LmplayError(f"{path}: line {line}: 6 columns are wanted, it has {len(fields)}: is the file truncated?")
+        raise LmplayError(
+            f"{path}: line {line}: 6 columns are wanted, it has {len(fields)}: is the file "
+            "truncated?"
+        )
     try:
         kind, order, size, price, direction = (int(f) for f in fields[1:6])
         time = parse_time(fields[0])
@@ -190,9 +221,11 @@ def _row(fields: Sequence[str], tick: int, path: Path, line: int) -> Row:
 
 
 def _levels(fields: Sequence[str], tick: int, path: Path, line: int) -> list[dict[int, int]]:
-    """Price (ticks) -> volume, of the bids and of the asks."""
+    """Return price (ticks) -> volume, of the bids and of the asks."""
     if len(fields) % 4:
-        raise LmplayError(f"{path}: line {line}: it has {len(fields)} columns, no multiple of 4: is it truncated?")
+        raise LmplayError(
+            f"{path}: line {line}: it has {len(fields)} columns, no multiple of 4: is it truncated?"
+        )
     try:
         values = [int(f) for f in fields]
     except ValueError as e:
@@ -202,41 +235,51 @@ def _levels(fields: Sequence[str], tick: int, path: Path, line: int) -> list[dic
         for price, size in zip(values[at::4], values[at + 1 :: 4], strict=True):
             if size and abs(price) != EMPTY:
                 if price % tick:
-                    raise LmplayError(f"{path}: line {line}: the price {price} is off the grid of {tick}")
+                    raise LmplayError(
+                        f"{path}: line {line}: the price {price} is off the grid of {tick}"
+                    )
                 sides[side][price // tick] = size
     return sides
 
 
 def parse_time(text: str) -> int:
-    """Nanoseconds of decimal seconds, without ever being a float."""
+    """Return nanoseconds for decimal seconds, without floating point."""
     seconds, _, decimals = text.partition(".")
     return int(seconds) * 10**9 + int((decimals + "0" * 9)[:9] or 0)
 
 
 class Writer:
-    """Writes a market's events and the states after them as LOBSTER's pair of files.
+    """Writes events, and the states after them, as LOBSTER's pair of files.
 
-    A replace becomes a delete and an add, as in LOBSTER's own files. Both files appear when they are closed, whole.
+    A replace becomes a delete and an add, as in LOBSTER's own files. Both files appear, complete,
+    when the writer is closed.
     """
 
     def __init__(self, folder: Path, ticker: str, day: str, levels: int = 10, tick: int = 100):
         folder.mkdir(parents=True, exist_ok=True)
-        self.levels, self.tick = levels, tick
-        self.paths = [folder / f"{ticker}_{day}_0_0_{kind}_{levels}.csv" for kind in ("message", "orderbook")]
+        self.levels = levels
+        self.tick = tick
+        self.paths = [
+            folder / f"{ticker}_{day}_0_0_{kind}_{levels}.csv" for kind in ("message", "orderbook")
+        ]
         self._temporary = [p.with_suffix(".tmp") for p in self.paths]
         self._files: list[IO[str]] = [open(p, "w", newline="") for p in self._temporary]  # noqa: SIM115
         self._messages, self._books = (csv.writer(f, lineterminator="\n") for f in self._files)
 
     def write(self, step: Event, left: int, book: Book) -> None:
-        """One of :meth:`Market.steps`, after it was applied; `left` is what is left of its order."""
+        """Write one of :meth:`Market.steps` after it was applied; `left` is what is left of its
+        order."""
         kind = {ADD: 1, EXECUTE: 4, EXECUTE_AT: 4, CANCEL: 2 if left else 3}[step.kind]
         time = f"{step.time // 10**9}.{step.time % 10**9:09d}"
         direction = 1 if step.side == BID else -1
-        self._messages.writerow([time, kind, step.order, step.size, step.price * self.tick, direction])
+        self._messages.writerow(
+            [time, kind, step.order, step.size, step.price * self.tick, direction]
+        )
         self._books.writerow(self._state(book))
 
     def _state(self, book: Book) -> list[int]:
-        asks, bids = book.depth(ASK, self.levels), book.depth(BID, self.levels)
+        asks = book.depth(ASK, self.levels)
+        bids = book.depth(BID, self.levels)
         out = []
         for i in range(self.levels):
             ask, bid = (side[i] if i < len(side) else None for side in (asks, bids))

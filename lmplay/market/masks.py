@@ -1,4 +1,4 @@
-"""Which tokens may come next: by the grammar of messages, and by the orders that rest in a live book."""
+"""Which tokens may come next: by the grammar of messages, and by the orders in a live book."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ REFERENCE = ("ref_price", "ref_size", "ref_time")
 
 
 class Grammar:
-    """What the table of :mod:`messages` allows at each position, given the message's beginning."""
+    """What the table in :mod:`messages` allows at each position, given the start of the message."""
 
     def __init__(self, messages: Messages):
         self.m = messages
 
     def group(self, position: int) -> tuple[int, int]:
-        """The first id and how many ids the position's own tokens have."""
+        """Return the first id and the number of ids of the position's group of tokens."""
         _, group, _ = self.m.layout[position]
         return self.m.start[group], self.m.count[group]
 
     def kind(self, tokens: np.ndarray) -> int:
-        """The kind (of :data:`KINDS`) that a message of these tokens has; -1 where its kind's token is none."""
+        """Return the kind (index in KINDS) of a message with these tokens; -1 if its token is
+        none."""
         value = int(tokens[self.m.first["kind"]]) - self.m.start["kind"]
         return int(self.m._token_to_kind[value]) if 0 <= value < self.m.count["kind"] else -1
 
     def forced(self, position: int, tokens: np.ndarray) -> int | None:
-        """The only token that the message's beginning leaves at a position: NA, where its kind has no such field."""
+        """Return NA if the message's kind does not have the position's field, else None."""
         field = self.m.layout[position][0]
         if field in REFERENCE and self.kind(tokens) == ADD:
             return NA_TOKEN
@@ -39,46 +40,58 @@ class Grammar:
 
 
 def time_tokens(messages: Messages, tokens: np.ndarray, before: int) -> np.ndarray | None:
-    """(5,) the tokens of a message's time: `before` and the time since; None where that is past any clock."""
+    """Return the tokens (5,) of a message's time, from `before` and its dt; None past the last
+    second."""
     at = messages.first["dt"]
     digits = tokens[at : at + 4].astype(np.int64) - messages.start["time"]
     if (digits < 0).any() or (digits >= 1000).any():
         return None
-    now = before + int(digits[0]) * SECOND + int(digits[1]) * 10**6 + int(digits[2]) * 1000 + int(digits[3])
+    now = (
+        before
+        + int(digits[0]) * SECOND
+        + int(digits[1]) * 10**6
+        + int(digits[2]) * 1000
+        + int(digits[3])
+    )
     if now >= 10**6 * SECOND:
         return None
     return messages.start["time"] + _digits(np.array([now]))[0]
 
 
 def _digits(times: np.ndarray) -> np.ndarray:
-    """(n,) nanoseconds -> (n, 5) digits: two of seconds and three of nanoseconds, base 1000."""
-    seconds, nanos = times // SECOND, times % SECOND
-    return np.stack([seconds // 1000, seconds % 1000, nanos // 10**6, nanos // 1000 % 1000, nanos % 1000], 1)
+    """(n,) nanoseconds -> (n, 5) digits in base 1000: two of seconds, three of nanoseconds."""
+    seconds = times // SECOND
+    nanos = times % SECOND
+    return np.stack(
+        [seconds // 1000, seconds % 1000, nanos // 10**6, nanos // 1000 % 1000, nanos % 1000], 1
+    )
 
 
 class BookMask:
-    """The tokens of a message's reference that still lead to an order that rests in the book.
+    """The tokens that still lead to an order in the book.
 
-    `allowed` gives them for the next position; `take` follows the one that was sampled. What happens and when is the
-    model's to say; which order it happens to is chosen among those that are there, at a price at which there are some.
-    Trades are offered the front of each queue only, and take no more than it has. A cancel is offered the sizes that
-    rest, and then what it may leave of an order: nothing, or what it would leave of a larger one. (Were it free to name
-    any size, most would name none that rests, and what was meant to go would stay in part.) The next message comes
-    within ten seconds. So every message that is sampled by it is valid.
+    `allowed` returns them for the next position; `take` follows the sampled token. The model
+    decides what happens and when; the mask offers the orders to which it can happen. Trades can hit
+    only the front of a queue and take no more than it has. A cancel can name the sizes that rest,
+    and then what may be left of such an order: nothing, or the rest of a larger one. (If any size
+    were allowed, most would name no resting order, and parts of what was meant to go would stay.)
+    The next message comes within ten seconds. So every sampled message is valid.
 
-    Nor does a new order cross the other side: an exchange tells of one that trades by its trades, and data in which one
-    is told otherwise are left out (:func:`lmplay.market.sessions.replay`).
+    A new order may not cross the other side: an exchange reports one that trades by its trades, and
+    data that report it otherwise are left out (:func:`lmplay.market.sessions.replay`).
     """
 
     def __init__(self, messages: Messages, market: Market):
-        self.m, self.market = messages, market
+        self.m = messages
+        self.market = market
         self.kind = self.side = -1
         self.price: tuple[int, ...] = ()
         self.size = 0
-        self.left: np.ndarray | None = None  # (n, 8) numbers of sign, price, size, time of the orders still possible
+        # (n, 8) numbers of sign, price, size, time of the orders still possible
+        self.left: np.ndarray | None = None
 
     def allowed(self, position: int) -> np.ndarray | None:
-        """The numbers within the position's group that are possible; None where all are."""
+        """Return the allowed numbers within the position's group; None if all are allowed."""
         field, _, _ = self.m.layout[position]
         inside = position - self.m.first[field]
         if field == "dt" and inside == 0:
@@ -103,14 +116,14 @@ class BookMask:
         return None
 
     def names_an_order(self, position: int) -> bool:
-        """Whether the size at a position says, after the price, which order the message is about."""
+        """Return whether the size at this position decides which order the message is about."""
         field = self.m.layout[position][0]
         return (field == "size" and self.kind in (EXECUTE, CANCEL)) or (
             field == "ref_size" and self.kind in (EXECUTE_AT, REPLACE)
         )
 
     def take(self, position: int, number: int) -> None:
-        """The token that was sampled for a position, as its number within its group."""
+        """Follow the sampled token, given as its number within its group."""
         field, _, _ = self.m.layout[position]
         inside = position - self.m.first[field]
         if field == "kind":
@@ -134,13 +147,15 @@ class BookMask:
             self.left = self.left[self.left[:, self._column(field, inside)] == number]
 
     def _resting(self, inside: int) -> np.ndarray | None:
-        """The signs (inside 0) or the distances (1) at which an order of this side rests and does not trade."""
+        """Return the signs (inside 0) or distances (1) at which a new order rests without
+        trading."""
         other = self.market.book.best(1 - self.side)
         if other is None:
             return None
         nearest = other - self.market.mid + (1 if self.side == ASK else -1)
         low, high = (nearest, MAX_PRICE) if self.side == ASK else (-MAX_PRICE, nearest)
-        if low > high:  # a side has run empty, and the other has come up to the end of what a price can tell
+        # a side has run empty, and the other has come up to the end of what a price can tell
+        if low > high:
             return None
         if inside == 0:
             return np.array([sign for sign, possible in ((0, low < 0), (1, high >= 0)) if possible])
@@ -153,11 +168,14 @@ class BookMask:
         return {"ref_price": 0, "ref_size": 2, "ref_time": 3}[field] + inside
 
     def _orders(self) -> np.ndarray:
-        book, mid = self.market.book, self.market.mid
+        book = self.market.book
+        mid = self.market.mid
         orders: list[Order] = []
         for price in book.prices[self.side]:
             queue = book.queue(self.side, price)
             orders += [next(queue)] if self.kind in (EXECUTE, EXECUTE_AT) else list(queue)
         values = np.array([(o.price - mid, o.size, o.time) for o in orders], np.int64)
         distance = values[:, :1]
-        return np.concatenate([distance >= 0, np.abs(distance), values[:, 1:2], _digits(values[:, 2])], 1)
+        return np.concatenate(
+            [distance >= 0, np.abs(distance), values[:, 1:2], _digits(values[:, 2])], 1
+        )

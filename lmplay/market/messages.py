@@ -1,4 +1,5 @@
-"""Messages as tokens: 24 to a message, the 22 of LOBS5, or 27 with the book that a message meets, by lookup tables.
+"""Messages as tokens: 24 to a message, the 22 of LOBS5, or 27 with the book that a message meets,
+by lookup tables.
 
 position  field                       tokens
 0         ticker                      1
@@ -13,11 +14,13 @@ position  field                       tokens
 18        size of the order, or NA    1
 19-23     time of the order, or NA    2 + 3
 
-LOBS5's form (Nagy et al. 2023, arXiv 2309.00638) leaves out the ticker and the remaining size and knows four kinds.
+LOBS5's form (Nagy et al. 2023, arXiv 2309.00638) leaves out the ticker and the remaining size and
+knows four kinds.
 
-The form "book" has three tokens before each message: the spread in ticks, and the volumes at the best bid and the best
-ask, to their leading digit. Whoever has read them knows at which distances from the mid the two sides begin, which a
-model that reads messages alone has to keep count of. (LOBS5 reads volumes of many levels in a network of their own.)
+The form "book" has three tokens before each message: the spread in ticks, and the volumes at the
+best bid and the best ask, to their leading digit. Whoever has read them knows at which distances
+from the mid the two sides begin, which a model that reads messages alone has to keep count of.
+(LOBS5 reads volumes of many levels in a network of their own.)
 """
 
 from __future__ import annotations
@@ -25,26 +28,42 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from ..errors import LmplayError, nearest
-from ..tokenizers import Tokenizer
+from ..data.tokenizers import Tokenizer, TokenizerSchema
+from ..errors import LmplayError, did_you_mean
 from .events import ADD, KINDS, MAX_PRICE, MAX_SIZE, NA, REPLACE, Market, Message
 
-MASK, SINK, NA_TOKEN = 0, 1, 2
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+MASK = 0
+SINK = 1
+NA_TOKEN = 2
 SPECIALS = ("<mask>", "<sink>", "NA")
 PAD_TO = 64
 SECOND = 10**9
 
 COLUMNS = Message._fields
 GROUPS = {  # field: the kinds of its tokens
-    "ticker": ("ticker",), "kind": ("kind",), "side": ("side",), "price": ("sign", "price"), "size": ("size",),
-    "remaining": ("size",), "dt": ("time",) * 4, "time": ("time",) * 5, "ref_price": ("sign", "price"),
-    "ref_size": ("size",), "ref_time": ("time",) * 5,
-    "spread": ("price",), "bid_volume": ("size",), "ask_volume": ("size",),
-}  # fmt: skip
+    "ticker": ("ticker",),
+    "kind": ("kind",),
+    "side": ("side",),
+    "price": ("sign", "price"),
+    "size": ("size",),
+    "remaining": ("size",),
+    "dt": ("time",) * 4,
+    "time": ("time",) * 5,
+    "ref_price": ("sign", "price"),
+    "ref_size": ("size",),
+    "ref_time": ("time",) * 5,
+    "spread": ("price",),
+    "bid_volume": ("size",),
+    "ask_volume": ("size",),
+}
 BOOK = ("spread", "bid_volume", "ask_volume")
 MAY_BE_NA = {"remaining", "ref_price", "ref_size", "ref_time", *BOOK}
 LOBS5_LEAVES_OUT = {"ticker", "remaining"}
@@ -54,36 +73,74 @@ Form = Literal["full", "lobs5", "book"]
 
 
 class MessageError(ValueError):
-    """A message that has no tokens, or tokens that are no message; `row` and `field` say where."""
+    """A message without tokens, or tokens without message; `row` and `field` tell where."""
 
     def __init__(self, row: int, field: str, value: object):
         super().__init__(f"message {row}: {field} {value} is out of range")
-        self.row, self.field, self.value = row, field, value
+        self.row = row
+        self.field = field
+        self.value = value
+
+
+class MarketTokenizer(TokenizerSchema):
+    """Messages of a market: 24 tokens each, 22 in LOBS5's form, or 27 with the best prices."""
+
+    kind: Literal["market"] = "market"
+    tickers: list[str] = Field(min_length=1, description="in the order of their tokens")
+    form: Literal["full", "lobs5", "book"] = "full"
+
+    @model_validator(mode="after")
+    def _one_ticker(self) -> MarketTokenizer:
+        if self.form == "lobs5" and len(self.tickers) > 1:
+            raise ValueError("form lobs5 leaves the ticker out: it knows one")
+        return self
+
+    @property
+    def width(self) -> int:
+        """Tokens per message."""
+        return {"full": 24, "lobs5": 22, "book": 27}[self.form]
+
+    def check_plan(self, plan: Plan) -> None:
+        if any(plan.datasets[name].source != "market" for name in plan.used_datasets):
+            raise ValueError(
+                "market data sets and the market tokenizer go together, and with no others"
+            )
+        messages, rest = divmod((plan.model.max_len or 0) - 1, self.width)
+        if rest or messages < 1:
+            raise ValueError(
+                f"model.max_len must be 1 + a multiple of {self.width}: a sink and whole messages"
+            )
 
 
 class Messages(Tokenizer):
-    """The vocabulary of messages, and a tokenizer of their written form: words such as `add bid - p3 s100`.
+    """The vocabulary of messages, and a tokenizer of their text form, such as `add bid - p3 s100`.
+
+    Ids: mask, sink, NA, then 1000 times, kinds, 10000 sizes, 1000 prices, 2 signs, 2 sides,
+    tickers, and padding to a multiple of 64.
 
     Args:
         tickers: the names, in the order of their numbers.
         form: "full" (24 tokens), "lobs5" (22) or "book" (27).
-
-    Ids: mask, sink, NA, then 1000 times, kinds, 10000 sizes, 1000 prices, 2 signs, 2 sides, tickers, and padding to a
-    multiple of 64.
     """
 
-    kind = "market"
+    Schema = MarketTokenizer
 
     def __init__(self, tickers: Sequence[str], form: Form = "full"):
-        self.tickers, self.form = tuple(tickers), form
-        told = [f for f in COLUMNS if f not in BOOK and (form != "lobs5" or f not in LOBS5_LEAVES_OUT)]
-        self.fields = (*BOOK, *told) if form == "book" else tuple(told)
+        self.tickers = tuple(tickers)
+        self.form = form
+        kept = [
+            f for f in COLUMNS if f not in BOOK and (form != "lobs5" or f not in LOBS5_LEAVES_OUT)
+        ]
+        self.fields = (*BOOK, *kept) if form == "book" else tuple(kept)
         kinds = KINDS if form != "lobs5" else tuple(k for k in KINDS if k != "execute_at")
         words = {
-            "time": [f"t{i}" for i in range(1000)], "kind": list(kinds),
-            "size": [f"s{i}" for i in range(MAX_SIZE + 1)], "price": [f"p{i}" for i in range(MAX_PRICE + 1)],
-            "sign": ["-", "+"], "side": ["bid", "ask"],
-        }  # fmt: skip
+            "time": [f"t{i}" for i in range(1000)],
+            "kind": list(kinds),
+            "size": [f"s{i}" for i in range(MAX_SIZE + 1)],
+            "price": [f"p{i}" for i in range(MAX_PRICE + 1)],
+            "sign": ["-", "+"],
+            "side": ["bid", "ask"],
+        }
         if form != "lobs5":
             words["ticker"] = list(self.tickers)
         every = list(SPECIALS)
@@ -98,13 +155,25 @@ class Messages(Tokenizer):
         self.eot = SINK
         self.ids = {w: i for i, w in enumerate(every) if w}
         if len(self.ids) != self.unpadded:
-            raise LmplayError("tokenizer market: a ticker is named twice, or like another word of a message")
+            raise LmplayError(
+                "tokenizer market: a ticker is named twice, or like another word of a message"
+            )
         # By position: the field, the token's group, and the number of the column in Message.
         self.layout = [(f, g, COLUMNS.index(f)) for f in self.fields for g in GROUPS[f]]
         self.width = len(self.layout)
         self.first = {f: [name for name, _, _ in self.layout].index(f) for f in self.fields}
-        self._kind_to_token = np.array([kinds.index(k) if k in kinds else kinds.index("execute") for k in KINDS])
+        self._kind_to_token = np.array(
+            [kinds.index(k) if k in kinds else kinds.index("execute") for k in KINDS]
+        )
         self._token_to_kind = np.array([KINDS.index(k) for k in kinds])
+
+    @classmethod
+    def from_plan(cls, schema: MarketTokenizer) -> Messages:
+        return cls(schema.tickers, schema.form)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Messages:
+        return cls(state["tickers"], state["form"])
 
     # ---------------------------------------------------------------- messages
 
@@ -117,7 +186,8 @@ class Messages(Tokenizer):
         rows = np.asarray(rows, np.int64).reshape(-1, len(COLUMNS))
         out = np.empty((len(rows), self.width), np.int64)
         for field in self.fields:
-            column, at = rows[:, COLUMNS.index(field)], self.first[field]
+            column = rows[:, COLUMNS.index(field)]
+            at = self.first[field]
             digits = self._digits(field, column)
             out[:, at : at + digits.shape[1]] = digits
         return out
@@ -133,11 +203,15 @@ class Messages(Tokenizer):
             self._within(field, plain, -MAX_PRICE, MAX_PRICE)
             parts = [self.start["sign"] + (plain >= 0), self.start["price"] + np.abs(plain)]
         elif GROUPS[field][0] == "time":
-            seconds, nanos = plain // SECOND, plain % SECOND
+            seconds = plain // SECOND
+            nanos = plain % SECOND
             digits = len(GROUPS[field]) - 3
             self._within(field, plain, 0, 1000**digits * SECOND - 1)
             parts = [seconds] if digits == 1 else [seconds // 1000, seconds % 1000]
-            parts = [self.start["time"] + p for p in (*parts, nanos // 10**6, nanos // 1000 % 1000, nanos % 1000)]
+            parts = [
+                self.start["time"] + p
+                for p in (*parts, nanos // 10**6, nanos // 1000 % 1000, nanos % 1000)
+            ]
         elif field == "kind":
             self._within(field, plain, 0, len(KINDS) - 1)
             parts = [self.start["kind"] + self._kind_to_token[plain]]
@@ -154,18 +228,22 @@ class Messages(Tokenizer):
             raise MessageError(row, field, int(values[row]))
 
     def decode_messages(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n, width) ids -> (n, 14) columns of Message, and (n,) whether each is a message by the grammar.
+        """Return (n, 14) columns of Message for (n, width) ids, and (n,) whether each follows the
+        grammar.
 
-        A field that the form leaves out, and every field of a row that is no message, is NA or 0.
+        Fields that the form does not have, and all fields of an ungrammatical row, are NA or 0.
         """
         ids = np.asarray(ids, np.int64).reshape(-1, self.width)
         rows = np.full((len(ids), len(COLUMNS)), NA, np.int64)
         ok = np.ones(len(ids), bool)
         for field in self.fields:
-            at, groups = self.first[field], GROUPS[field]
+            at = self.first[field]
+            groups = GROUPS[field]
             tokens = ids[:, at : at + len(groups)]
             values = np.stack([t - self.start[g] for t, g in zip(tokens.T, groups, strict=True)], 1)
-            inside = np.all([(v >= 0) & (v < self.count[g]) for v, g in zip(values.T, groups, strict=True)], 0)
+            inside = np.all(
+                [(v >= 0) & (v < self.count[g]) for v, g in zip(values.T, groups, strict=True)], 0
+            )
             na = (tokens == NA_TOKEN).all(1) & (field in MAY_BE_NA)
             ok &= inside | na
             rows[:, COLUMNS.index(field)] = np.where(inside, self._value(field, values, inside), NA)
@@ -173,8 +251,12 @@ class Messages(Tokenizer):
             rows[:, COLUMNS.index("ticker")] = 0
         ok &= self._grammatical(rows)
         if self.form == "lobs5":
-            taken = ok & np.isin(rows[:, 1], [k for k in range(len(KINDS)) if k not in (ADD, REPLACE)])
-            rows[taken, COLUMNS.index("remaining")] = (rows[:, COLUMNS.index("ref_size")] - rows[:, 4])[taken]
+            taken = ok & np.isin(
+                rows[:, 1], [k for k in range(len(KINDS)) if k not in (ADD, REPLACE)]
+            )
+            rows[taken, COLUMNS.index("remaining")] = (
+                rows[:, COLUMNS.index("ref_size")] - rows[:, 4]
+            )[taken]
         return rows, ok
 
     def _value(self, field: str, values: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -192,7 +274,7 @@ class Messages(Tokenizer):
         return values[:, 0]
 
     def _grammatical(self, rows: np.ndarray) -> np.ndarray:
-        """Whether NA stands where the kind wants it, and nowhere else."""
+        """Return whether NA is exactly where the kind requires it."""
         kind = rows[:, COLUMNS.index("kind")]
         ok = kind != NA
         about = (kind != ADD) & ok
@@ -203,11 +285,14 @@ class Messages(Tokenizer):
         return ok
 
     def book_tokens(self, markets: Sequence[Market]) -> np.ndarray:
-        """(n, k) the ids that stand before the next message of each market: k is 3 in the form "book", else 0."""
+        """Return the ids (n, k) before each market's next message: k is 3 in the form "book", else
+        0."""
         if self.form != "book":
             return np.empty((len(markets), 0), np.int64)
         touches = np.array([market.touch() for market in markets], np.int64)
-        return np.concatenate([self._digits(f, values) for f, values in zip(BOOK, touches.T, strict=True)], 1)
+        return np.concatenate(
+            [self._digits(f, values) for f, values in zip(BOOK, touches.T, strict=True)], 1
+        )
 
     def token(self, group: str, value: int) -> int:
         return self.start[group] + value
@@ -215,16 +300,19 @@ class Messages(Tokenizer):
     def kind_token(self, kind: int) -> int:
         return self.start["kind"] + int(self._kind_to_token[kind])
 
-    # ---------------------------------------------------------------- a tokenizer of written messages
+    # ---------------------------------------------------------------- a tokenizer of written
+    # messages
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Raises LmplayError for a word that no message has."""
+        """Raises LmplayError for a word that is in no message."""
         out = []
         for text in texts:
             words = text.split()
             unknown = next((w for w in words if w not in self.ids), None)
             if unknown is not None:
-                raise LmplayError(f"the word {unknown!r} is in no message{nearest(unknown, self.ids)}")
+                raise LmplayError(
+                    f"the word {unknown!r} is in no message{did_you_mean(unknown, self.ids)}"
+                )
             out.append(np.array([self.ids[w] for w in words], dtype=np.int64))
         return out
 

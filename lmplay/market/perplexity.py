@@ -1,4 +1,4 @@
-"""How well a model foretells held-out messages: by field, and by position far past its context."""
+"""How well a model predicts held-out messages: by field, and by position far past its context."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..api import IGNORE, Batch, ModelRunner
 from ..errors import LmplayError
-from .data import Told
 from .messages import SINK, Messages
+from .recorded import RecordedSession
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -18,45 +18,77 @@ def _nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def by_field(
-    runner: ModelRunner, model: nn.Module, told: Told, messages: Messages, length: int, samples: int = 20
+    runner: ModelRunner,
+    model: nn.Module,
+    recorded: RecordedSession,
+    messages: Messages,
+    length: int,
+    samples: int = 20,
 ) -> pd.DataFrame:
-    """Held-out samples as in training: a row for each field and one for all, with nats and perplexity per token."""
+    """Return nats and perplexity per token by field, and for all, on held-out samples as in
+    training."""
     per_sample = (length - 1) // messages.width
-    ids = messages.encode_messages(told.messages[told.start :])
+    ids = messages.encode_messages(recorded.messages[recorded.start :])
     count = min(samples, len(ids) // per_sample)
     if not count:
-        raise LmplayError(f"{told.session.name}: {len(ids)} held-out messages are fewer than a sample of {per_sample}")
-    at = {f: [i for i, (name, _, _) in enumerate(messages.layout) if name == f] for f in messages.fields}
+        raise LmplayError(
+            f"{recorded.session.name}: {len(ids)} held-out messages are fewer than a sample of "
+            f"{per_sample}"
+        )
+    at = {
+        f: [i for i, (name, _, _) in enumerate(messages.layout) if name == f]
+        for f in messages.fields
+    }
     sums = dict.fromkeys(at, 0.0)
     device = next(model.parameters()).device
     with torch.no_grad(), runner.fixed_weights(model):
         for n in range(count):
             body = ids[n * per_sample : (n + 1) * per_sample].reshape(-1)
             row = torch.from_numpy(np.concatenate([[SINK], body])).to(device)
-            for field, positions in at.items():  # the model's own step, with one field of each message counted
+            for (
+                field,
+                positions,
+            ) in at.items():  # the model's own step, with one field of each message counted
                 targets = torch.full_like(row[:-1], IGNORE)
                 for position in positions:
                     targets[position :: messages.width] = row[1:][position :: messages.width]
-                sums[field] += float(runner.step(model, Batch(row[None, :-1], targets[None])).loss_sum)
+                sums[field] += float(
+                    runner.step(model, Batch(row[None, :-1], targets[None])).loss_sum
+                )
     total = count * per_sample
     rows = {f: (len(at[f]), sums[f] / total / len(at[f]), sums[f] / total) for f in messages.fields}
     every = sum(sums.values()) / total
     rows["all"] = (messages.width, every / messages.width, every)
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["tokens", "nats per token", "nats per message"])
+    table = pd.DataFrame.from_dict(
+        rows, orient="index", columns=["tokens", "nats per token", "nats per message"]
+    )
     table["perplexity"] = np.exp(table["nats per token"])
     return table
 
 
 def by_position(
-    runner: ModelRunner, model: nn.Module, told: Told, messages: Messages, length: int, times: int, streams: int
+    runner: ModelRunner,
+    model: nn.Module,
+    recorded: RecordedSession,
+    messages: Messages,
+    length: int,
+    times: int,
+    streams: int,
 ) -> pd.DataFrame:
-    """Held-out stretches of `times` contexts read through the cache that forgets: mean nats per token in each tenth of
-    a context. A row's index is the tokens read until its end, over the context's length."""
+    """Return mean nats per token on stretches `times` as long as the context, read through the
+    cache.
+
+    One row for each tenth of a context; its index is the number of tokens read until its end,
+    divided by the context's length.
+    """
     per_context = (length - 1) // messages.width
     wanted = times * per_context
-    ids = messages.encode_messages(told.messages[told.start :])
+    ids = messages.encode_messages(recorded.messages[recorded.start :])
     if len(ids) < wanted:
-        raise LmplayError(f"{told.session.name}: {len(ids)} messages are held out, {wanted} are wanted; lower --times")
+        raise LmplayError(
+            f"{recorded.session.name}: {len(ids)} messages are held out, {wanted} are wanted; "
+            "lower --times"
+        )
     begins = np.unique(np.linspace(0, len(ids) - wanted, streams).astype(int))
     rows = torch.from_numpy(np.stack([ids[b : b + wanted] for b in begins]))  # (B, n, width)
     device = next(model.parameters()).device

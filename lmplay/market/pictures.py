@@ -1,4 +1,4 @@
-"""Pictures of markets: the book over time, price paths, distributions, impact curves, divergence."""
+"""Draw markets: the book over time, price paths, distributions, impact curves, divergence."""
 
 from __future__ import annotations
 
@@ -15,45 +15,50 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from ..files import whole
-from .score import EVENT_TYPES, HORIZON, STATISTICS, Tape, edges, values
+from ..files import atomic_write
+from .score import EVENT_TYPES, HORIZON, STATISTICS, SessionData, edges, values
 
 COLOURS = {"real": "#222222", "generated": "#0072b2", "baseline": "#d55e00"}
 MOST_MESSAGES = 20_000  # of a heat map
 AROUND = 12  # ticks on each side of the touch, at least
-Markets = dict[str, list[Tape]]  # "real", "generated" and, where there is one, "baseline"
+Markets = dict[str, list[SessionData]]  # "real", "generated" and, where there is one, "baseline"
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
     return path
 
 
-def _seconds(tape: Tape) -> np.ndarray:
+def _seconds(tape: SessionData) -> np.ndarray:
     times = tape.messages["time"].to_numpy()
     return (times - times[0]) / 1e9
 
 
 def book(markets: Markets, path: Path) -> Path:
-    """A heat map of what rests, ten levels to a side, over the same seconds of one session of each; bids below, asks
-    above, the touch as lines, trades as dots."""
-    figure, axes = plt.subplots(len(markets), 1, figsize=(11, 3.3 * len(markets)), layout="constrained", squeeze=False)
+    """Draw resting volume over time, ten levels per side, for one session of each market."""
+    figure, axes = plt.subplots(
+        len(markets), 1, figsize=(11, 3.3 * len(markets)), layout="constrained", squeeze=False
+    )
     span = min(_seconds(tapes[0])[:MOST_MESSAGES][-1] for tapes in markets.values())
     span = min(span, 60.0)
     mesh = None
     for ax, (name, tapes) in zip(axes[:, 0], markets.items(), strict=True):
         mesh = _heat(ax, tapes[0], span) or mesh
-        ax.set_title(f"{name}: the first {span:.0f} seconds of one session", loc="left", fontsize=10)
+        ax.set_title(
+            f"{name}: the first {span:.0f} seconds of one session", loc="left", fontsize=10
+        )
         ax.set_ylabel("price (ticks from the first mid)")
     axes[-1, 0].set_xlabel("seconds")
     if mesh is not None:
-        figure.colorbar(mesh, ax=axes[:, 0], label="resting volume (lots), ten levels a side", shrink=0.8)
+        figure.colorbar(
+            mesh, ax=axes[:, 0], label="resting volume (lots), ten levels a side", shrink=0.8
+        )
     return _save(figure, path)
 
 
-def _heat(ax: Any, tape: Tape, span: float) -> Any:
+def _heat(ax: Any, tape: SessionData, span: float) -> Any:
     seconds = _seconds(tape)
     columns = 500
     grid = np.linspace(0, span, columns)
@@ -65,7 +70,8 @@ def _heat(ax: Any, tape: Tape, span: float) -> Any:
     touch = rows[:, [0, 2]] - first
     if not np.isfinite(touch).any():
         return None
-    low, high = np.floor(np.nanmin(touch)) - AROUND, np.ceil(np.nanmax(touch)) + AROUND
+    low = np.floor(np.nanmin(touch)) - AROUND
+    high = np.ceil(np.nanmax(touch)) + AROUND
     prices = np.arange(low, high + 1)
     volume = np.full((len(prices), columns), np.nan)
     for level in range(rows.shape[1] // 2):
@@ -73,13 +79,24 @@ def _heat(ax: Any, tape: Tape, span: float) -> Any:
         inside = np.isfinite(where) & (where >= 0) & (where < len(prices))
         volume[where[inside].astype(int), np.flatnonzero(inside)] = rows[inside, 2 * level + 1]
     mesh = ax.pcolormesh(
-        grid, prices, volume, norm=LogNorm(1, 2000), cmap="viridis", shading="nearest", rasterized=True
+        grid,
+        prices,
+        volume,
+        norm=LogNorm(1, 2000),
+        cmap="viridis",
+        shading="nearest",
+        rasterized=True,
     )
     ax.plot(grid, touch[:, 0], color="#d62728", lw=1, label="best ask")
     ax.plot(grid, touch[:, 1], color="#1f77b4", lw=1, label="best bid")
     trades = tape.messages["type"].eq(4).to_numpy() & (seconds <= span)
     ax.plot(
-        seconds[trades], tape.messages["price"].to_numpy()[trades] - first, ".", color="black", ms=4, label="trades"
+        seconds[trades],
+        tape.messages["price"].to_numpy()[trades] - first,
+        ".",
+        color="black",
+        ms=4,
+        label="trades",
     )
     ax.set_ylim(low, high)
     ax.legend(loc="upper right", fontsize=8, ncols=3)
@@ -87,7 +104,7 @@ def _heat(ax: Any, tape: Tape, span: float) -> Any:
 
 
 def paths(markets: Markets, path: Path) -> Path:
-    """Mid prices over time, every session, from their beginning, as long as there are some of each kind."""
+    """Draw the mid prices of every session over time."""
     figure, ax = plt.subplots(figsize=(11, 4), layout="constrained")
     span = min(max(_seconds(tape)[-1] for tape in tapes) for tapes in markets.values())
     for name, tapes in markets.items():
@@ -98,7 +115,15 @@ def paths(markets: Markets, path: Path) -> Path:
                 continue
             moves = tape.mid[kept] - tape.mid[kept][0]
             label = f"{name} ({len(tapes)})" if i == 0 else None
-            ax.step(seconds[kept], moves, where="post", color=COLOURS[name], lw=1.2, alpha=0.75, label=label)
+            ax.step(
+                seconds[kept],
+                moves,
+                where="post",
+                color=COLOURS[name],
+                lw=1.2,
+                alpha=0.75,
+                label=label,
+            )
     ax.set_xlabel("seconds")
     ax.set_ylabel("mid price (ticks from its beginning)")
     ax.legend(fontsize=9)
@@ -107,7 +132,7 @@ def paths(markets: Markets, path: Path) -> Path:
 
 
 def distributions(markets: Markets, table: pd.DataFrame, path: Path) -> Path:
-    """Each statistic's distribution, and the generated market's L1 in the title."""
+    """Draw the distribution of each statistic, with the generated market's L1 in the title."""
     columns = 3
     rows = -(-len(STATISTICS) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(11, 2.1 * rows), layout="constrained")
@@ -117,17 +142,28 @@ def distributions(markets: Markets, table: pd.DataFrame, path: Path) -> Path:
         if len(real):
             low, high = np.percentile(real, (0.5, 99.5))
             borders = edges(real, real, discrete)
-            borders = borders[(borders >= low - 1) & (borders <= high + 1)] if discrete else np.linspace(low, high, 40)
+            borders = (
+                borders[(borders >= low - 1) & (borders <= high + 1)]
+                if discrete
+                else np.linspace(low, high, 40)
+            )
             shift = 0.5 if discrete else 0.0
             for k, v in found.items():
                 if len(v) and len(borders) > 1:
                     weights = np.full(len(v), 1 / len(v))
                     histogram, _ = np.histogram(v, borders, weights=weights)
                     ax.stairs(
-                        histogram, borders - shift, color=COLOURS[k], lw=1.4, fill=k == "real",
-                        alpha=0.25 if k == "real" else 1.0, label=k,
-                    )  # fmt: skip
-        ax.set_title(f"{name}  (L1 {table['l1'].get(name, float('nan')):.2f})", fontsize=9, loc="left")
+                        histogram,
+                        borders - shift,
+                        color=COLOURS[k],
+                        lw=1.4,
+                        fill=k == "real",
+                        alpha=0.25 if k == "real" else 1.0,
+                        label=k,
+                    )
+        ax.set_title(
+            f"{name}  (L1 {table['l1'].get(name, float('nan')):.2f})", fontsize=9, loc="left"
+        )
         ax.tick_params(labelsize=7)
     for ax in axes.flat[len(STATISTICS) :]:
         ax.axis("off")
@@ -137,7 +173,7 @@ def distributions(markets: Markets, table: pd.DataFrame, path: Path) -> Path:
 
 
 def impact_curves(curves: dict[str, pd.DataFrame], path: Path) -> Path:
-    """Mid-price moves after six kinds of events, by lag."""
+    """Draw mid-price moves after six kinds of events, by lag."""
     labels = {"MO": "market orders", "LO": "limit orders", "CA": "cancels"}
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained", sharex=True)
     for ax, event in zip(axes.T.flat, EVENT_TYPES, strict=True):
@@ -154,7 +190,7 @@ def impact_curves(curves: dict[str, pd.DataFrame], path: Path) -> Path:
 
 
 def divergence_curves(found: dict[str, pd.DataFrame], path: Path) -> Path:
-    """L1 to the real market by how far into the simulation the messages are."""
+    """Draw L1 to the real market over the length of the simulation."""
     figure, axes = plt.subplots(1, 5, figsize=(13, 3), layout="constrained", sharey=True)
     if all(table.empty for table in found.values()):
         figure.suptitle(f"nothing to show: a generated market has fewer than {HORIZON} messages")

@@ -1,4 +1,4 @@
-"""Writing what happens in markets down: LOBSTER's pair of files for each, and one parquet file for all."""
+"""Record what happens in markets: a pair of LOBSTER files each, and one parquet file for all."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..files import whole
+from ..files import atomic_write
 from .events import ADD, KINDS, Event, Market
 from .lobster import Writer
 
 COLUMNS = ("market", "message", "time", "kind", "side", "price", "size", "order", "left")
 
 
-class Tape:
-    """Applies events to a market and writes each of their steps down.
+class EventRecorder:
+    """Applies events to a market and records their steps.
 
-    `rows` has a row for each step: the market, the number of the message it belongs to, the event's fields, and what is
+    `rows` has one row per step: market, number of the message, fields of the event, and what is
     left of its order.
     """
 
-    def __init__(self, folder: Path, market: Market, ticker: str, name: str, number: int = 0, tick: int = 100):
-        self.market, self.number = market, number
+    def __init__(
+        self, folder: Path, market: Market, ticker: str, name: str, number: int = 0, tick: int = 100
+    ):
+        self.market = market
+        self.number = number
         self.writer = Writer(folder, ticker, name, tick=tick)
         self.rows: list[tuple[int, int, int, str, str, int, int, int, int]] = []
         self.messages = 0
@@ -33,9 +36,18 @@ class Tape:
             left = order.size if order is not None else 0
             self.writer.write(step, left, self.market.book)
             self.rows.append(
-                (self.number, self.messages, step.time, KINDS[step.kind], "bid" if step.side == 0 else "ask",
-                 step.price, step.size, step.order, left if step.kind != ADD else step.size)
-            )  # fmt: skip
+                (
+                    self.number,
+                    self.messages,
+                    step.time,
+                    KINDS[step.kind],
+                    "bid" if step.side == 0 else "ask",
+                    step.price,
+                    step.size,
+                    step.order,
+                    left if step.kind != ADD else step.size,
+                )
+            )
         self.market.next_id = max(self.market.next_id, event.order + 1, event.new + 1)
         self.messages += 1
 
@@ -43,8 +55,8 @@ class Tape:
         self.writer.close()
 
 
-def write_parquet(path: Path, tapes: list[Tape]) -> None:
-    """All tapes' rows, whole or not at all."""
+def write_parquet(path: Path, tapes: list[EventRecorder]) -> None:
+    """Write the rows of all recorders atomically."""
     frame = pd.DataFrame([row for tape in tapes for row in tape.rows], columns=list(COLUMNS))
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         frame.to_parquet(temporary, index=False)

@@ -1,10 +1,14 @@
-"""How near generated markets are to a real one: LOB-Bench's distances, stylised facts, impact curves.
+"""How close generated markets are to a real one: LOB-Bench's distances, stylized facts, impact
+curves.
 
-Everything is computed from folders of LOBSTER files, real or generated alike. The scores follow LOB-Bench (Nagy et
-al. 2025, arXiv 2502.09172, section 3): of each statistic the distribution over all events is compared, by L1 (half the
-sum of |p - q| over Freedman-Diaconis bins, or over the values themselves where they are whole numbers) and by the
-Wasserstein-1 distance of z-scores. Intervals come from 100 bootstraps over events; as events depend on each other they
-are too narrow for a claim about other days.
+Everything is computed from folders of LOBSTER files, real or generated. The scores follow LOB-Bench
+(Nagy et al. 2025, arXiv 2502.09172, section 3): the distribution of each statistic over all events
+is compared by L1 (half the sum of |p - q| over Freedman-Diaconis bins, or over the values
+themselves if they are whole numbers) and by the Wasserstein-1 distance of z-scores. Intervals come
+from 100 bootstraps over events. Events depend on each other, so the intervals are too narrow for a
+claim about other days.
+
+One module, because the scores share their statistics.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from ..errors import LmplayError
 from .lobster import EMPTY, NAME
 
 LEVELS = 10
-BOOTSTRAPS, COVERAGE = 100, 0.99
+BOOTSTRAPS = 100
+COVERAGE = 0.99
 SEQUENCE = 500  # messages over which the volatility is taken that a conditional is given
 MOST_BINS = 2000
 LAGS = 199
@@ -28,9 +33,12 @@ HORIZON = 100  # messages
 
 
 @dataclass(frozen=True)
-class Tape:
-    """One session: `messages` with the columns time (ns), type, order, size, price (ticks), direction; `book` (n, 40)
-    ask price, ask size, bid price, bid size of ten levels, nan where a level is empty."""
+class SessionData:
+    """One session.
+
+    messages: columns time (ns), type, order, size, price (ticks), direction.
+    book: (n, 40) ask price, ask size, bid price, bid size of ten levels; nan for an empty level.
+    """
 
     messages: pd.DataFrame
     book: np.ndarray
@@ -40,36 +48,43 @@ class Tape:
         return (self.book[:, 0] + self.book[:, 2]) / 2
 
 
-def read(folder: Path, tick: int = 100) -> list[Tape]:
-    """All sessions in a folder of LOBSTER files.
+def read(folder: Path, tick: int = 100) -> list[SessionData]:
+    """Read all sessions in a folder of LOBSTER files.
 
     Raises:
         LmplayError: there is none, or a pair of files does not fit together.
     """
     files = sorted(p for p in folder.glob("*.csv") if NAME.fullmatch(p.name))
     if not files:
-        raise LmplayError(f"{folder}: there is no LOBSTER message file; lmp_market simulate writes some")
+        raise LmplayError(
+            f"{folder}: there is no LOBSTER message file; lmp_market simulate writes some"
+        )
     return [_read(file, tick) for file in files]
 
 
-def _read(path: Path, tick: int) -> Tape:
+def _read(path: Path, tick: int) -> SessionData:
     names = ["time", "type", "order", "size", "price", "direction"]
     book_path = path.with_name(path.name.replace("message", "orderbook"))
     try:
-        messages = pd.read_csv(path, header=None, names=names, usecols=range(6), dtype={"time": str})
+        messages = pd.read_csv(
+            path, header=None, names=names, usecols=range(6), dtype={"time": str}
+        )
         book = pd.read_csv(book_path, header=None).to_numpy(float)
         parts = messages["time"].str.partition(".")
         times = parts[0].astype(np.int64) * 10**9 + (parts[2] + "0" * 9).str[:9].astype(np.int64)
     except (ValueError, OSError) as e:
         raise LmplayError(f"{path}: it cannot be read: {e}") from e
     if len(messages) != len(book):
-        raise LmplayError(f"{path}: {len(messages)} messages, but {len(book)} rows in {book_path.name}")
+        raise LmplayError(
+            f"{path}: {len(messages)} messages, but {len(book)} rows in {book_path.name}"
+        )
     messages["time"] = times
     off = messages["type"].isin((1, 2, 3, 4)) & (messages["price"] % tick != 0)
     if off.any():
         line = int(off.argmax())
         raise LmplayError(
-            f"{path}, line {line + 1}: the price {messages['price'][line]} is off the grid of {tick}: another --tick?"
+            f"{path}, line {line + 1}: the price {messages['price'][line]} is off the grid of "
+            f"{tick}: another --tick?"
         )
     messages["price"] //= tick
     wide = np.full((len(book), 4 * LEVELS), np.nan)
@@ -78,27 +93,28 @@ def _read(path: Path, tick: int) -> Tape:
     empty = np.abs(wide[:, 0::2]) >= EMPTY / tick
     wide[:, 0::2][empty] = np.nan
     wide[:, 1::2][empty] = np.nan
-    return Tape(messages, wide)
+    return SessionData(messages, wide)
 
 
 # ---------------------------------------------------------------- statistics
 
 
-def _spread(t: Tape) -> np.ndarray:
+def _spread(t: SessionData) -> np.ndarray:
     return t.book[:, 0] - t.book[:, 2]
 
 
-def _imbalance(t: Tape) -> np.ndarray:
-    ask, bid = t.book[:, 1], t.book[:, 3]
+def _imbalance(t: SessionData) -> np.ndarray:
+    ask = t.book[:, 1]
+    bid = t.book[:, 3]
     return (bid - ask) / (bid + ask)
 
 
-def _inter_arrival(t: Tape) -> np.ndarray:
+def _inter_arrival(t: SessionData) -> np.ndarray:
     ms = np.diff(t.messages["time"].to_numpy()) / 1e6
     return np.log(np.where(ms <= 0, 1e-9, ms))
 
 
-def _time_to_cancel(t: Tape) -> np.ndarray:
+def _time_to_cancel(t: SessionData) -> np.ndarray:
     m = t.messages
     born = m[m["type"] == 1].drop_duplicates("order").set_index("order")["time"]
     ends = m[m["type"].isin((2, 3))].drop_duplicates("order").set_index("order")["time"]
@@ -106,24 +122,32 @@ def _time_to_cancel(t: Tape) -> np.ndarray:
     return np.log(np.where(seconds <= 0, 1e-9, seconds))
 
 
-def _volume(side: int, levels: int) -> Callable[[Tape], np.ndarray]:
+def _volume(side: int, levels: int) -> Callable[[SessionData], np.ndarray]:
     return lambda t: np.nansum(t.book[:, 1 + 2 * side : 4 * levels : 4], 1)
 
 
-def _depth(types: tuple[int, ...], direction: int) -> Callable[[Tape], np.ndarray]:
-    def depth(t: Tape) -> np.ndarray:
-        mine = t.messages["type"].isin(types).to_numpy() & (t.messages["direction"] == direction).to_numpy()
+def _depth(types: tuple[int, ...], direction: int) -> Callable[[SessionData], np.ndarray]:
+    def depth(t: SessionData) -> np.ndarray:
+        mine = (
+            t.messages["type"].isin(types).to_numpy()
+            & (t.messages["direction"] == direction).to_numpy()
+        )
         return np.abs(t.messages["price"].to_numpy()[mine] - t.mid[mine])
 
     return depth
 
 
-def _level(types: tuple[int, ...], direction: int, before: bool) -> Callable[[Tape], np.ndarray]:
-    """The level (1 is the best) of a message's price; a cancel's in the book before it."""
+def _level(
+    types: tuple[int, ...], direction: int, before: bool
+) -> Callable[[SessionData], np.ndarray]:
+    """Return the level (1 is the best) of a message's price; a cancel's in the book before it."""
 
-    def level(t: Tape) -> np.ndarray:
+    def level(t: SessionData) -> np.ndarray:
         book = np.roll(t.book, 1, axis=0) if before else t.book
-        mine = t.messages["type"].isin(types).to_numpy() & (t.messages["direction"] == direction).to_numpy()
+        mine = (
+            t.messages["type"].isin(types).to_numpy()
+            & (t.messages["direction"] == direction).to_numpy()
+        )
         mine[0] &= not before
         prices = book[mine, 0 if direction == -1 else 2 :: 4]
         hit = prices == t.messages["price"].to_numpy()[mine, None]
@@ -132,7 +156,7 @@ def _level(types: tuple[int, ...], direction: int, before: bool) -> Callable[[Ta
     return level
 
 
-def _volume_per_minute(t: Tape) -> np.ndarray:
+def _volume_per_minute(t: SessionData) -> np.ndarray:
     trades = t.messages[t.messages["type"] == 4]
     if trades.empty:
         return np.empty(0)
@@ -140,12 +164,19 @@ def _volume_per_minute(t: Tape) -> np.ndarray:
     return 60.0 * trades.groupby(second)["size"].sum().to_numpy(float)
 
 
-def _order_flow_imbalance(t: Tape, window: int = 100) -> np.ndarray:
+def _order_flow_imbalance(t: SessionData, window: int = 100) -> np.ndarray:
     """Cont, Kukanov and Stoikov 2014, equation 4, averaged over 100 messages."""
-    ask, ask_size, bid, bid_size = t.book[:, 0], t.book[:, 1], t.book[:, 2], t.book[:, 3]
-    up, down = np.diff(bid), np.diff(ask)
+    ask = t.book[:, 0]
+    ask_size = t.book[:, 1]
+    bid = t.book[:, 2]
+    bid_size = t.book[:, 3]
+    up = np.diff(bid)
+    down = np.diff(ask)
     flow = (
-        (up >= 0) * bid_size[1:] - (up <= 0) * bid_size[:-1] - (down <= 0) * ask_size[1:] + (down >= 0) * ask_size[:-1]
+        (up >= 0) * bid_size[1:]
+        - (up <= 0) * bid_size[:-1]
+        - (down <= 0) * ask_size[1:]
+        + (down >= 0) * ask_size[:-1]
     )
     if len(flow) < window:
         return np.empty(0)
@@ -153,14 +184,16 @@ def _order_flow_imbalance(t: Tape, window: int = 100) -> np.ndarray:
     return (total[window:] - total[:-window]) / window
 
 
-def _hour(t: Tape) -> np.ndarray:
+def _hour(t: SessionData) -> np.ndarray:
     return (t.messages["time"].to_numpy() // (3600 * 10**9)).astype(float)
 
 
-def _volatility(t: Tape) -> np.ndarray:
-    """Of each message: the deviation of .1 s returns (ticks) over the 500 messages it stands among."""
+def _volatility(t: SessionData) -> np.ndarray:
+    """Return, for each message, the standard deviation of .1 s returns (ticks) in its block of
+    500."""
     out = np.zeros(len(t.messages))
-    times, mid = t.messages["time"].to_numpy(), t.mid
+    times = t.messages["time"].to_numpy()
+    mid = t.mid
     for start in range(0, len(out), SEQUENCE):
         part = slice(start, start + SEQUENCE)
         grid = np.arange(times[part][0], times[part][-1] + 1, 10**8)
@@ -169,7 +202,8 @@ def _volatility(t: Tape) -> np.ndarray:
     return out
 
 
-Statistic = tuple[Callable[[Tape], np.ndarray], bool]  # (values, whether they are whole numbers)
+# (values, whether they are whole numbers)
+Statistic = tuple[Callable[[SessionData], np.ndarray], bool]
 
 STATISTICS: dict[str, Statistic] = {
     "spread": (_spread, True),
@@ -198,8 +232,8 @@ CONDITIONALS: dict[str, tuple[Statistic, Statistic]] = {
 }
 
 
-def values(tapes: list[Tape], statistic: Callable[[Tape], np.ndarray]) -> np.ndarray:
-    """All sessions' values of a statistic, those that are not defined left out."""
+def values(tapes: list[SessionData], statistic: Callable[[SessionData], np.ndarray]) -> np.ndarray:
+    """Return a statistic's values over all sessions, without undefined ones."""
     every = np.concatenate([statistic(t) for t in tapes if len(t.messages) > 1] or [np.empty(0)])
     return every[np.isfinite(every)]
 
@@ -209,7 +243,7 @@ def values(tapes: list[Tape], statistic: Callable[[Tape], np.ndarray]) -> np.nda
 
 @dataclass(frozen=True)
 class Distance:
-    """A distance with its interval; nan where one of the two has no values at all."""
+    """A distance with its interval; nan if one of the two markets has no values."""
 
     value: float
     low: float
@@ -217,35 +251,45 @@ class Distance:
 
 
 def edges(real: np.ndarray, generated: np.ndarray, whole: bool) -> np.ndarray:
-    """Borders of the bins for both: Freedman and Diaconis's width, or one bin to each value."""
+    """Return the edges of common bins: Freedman and Diaconis's width, or one bin per value."""
     pooled = np.concatenate([real, generated])
     if whole:
         found = np.unique(pooled)
         return np.append(found, found[-1] + 1)
-    low, high = pooled.min(), pooled.max()
+    low = pooled.min()
+    high = pooled.max()
     quartiles = np.percentile(pooled, (25, 75))
     width = 2 * (quartiles[1] - quartiles[0]) / len(pooled) ** (1 / 3)
-    bins = min(MOST_BINS, int(np.ceil((high - low) / width))) if width > 0 else int(np.sqrt(len(pooled)))
+    bins = (
+        min(MOST_BINS, int(np.ceil((high - low) / width)))
+        if width > 0
+        else int(np.sqrt(len(pooled)))
+    )
     return np.linspace(low, high, max(2, bins + 1)) if high > low else np.array([low, low + 1])
 
 
 def l1(p: np.ndarray, q: np.ndarray) -> float:
-    """Half the sum of |p - q| of two histograms, each made to sum to 1."""
+    """Return half the sum of |p - q| of two histograms that are scaled to sum to 1."""
     return float(np.abs(p / p.sum() - q / q.sum()).sum() / 2)
 
 
 def wasserstein(x: np.ndarray, p: np.ndarray, q: np.ndarray) -> float:
-    """Between two weightings of the ascending values x: the area between their distribution functions."""
+    """Return the area between the distribution functions of two weightings of ascending values
+    x."""
     apart = np.abs(np.cumsum(p) / p.sum() - np.cumsum(q) / q.sum())
     return float((apart[:-1] * np.diff(x)).sum())
 
 
 def distances(
-    real: np.ndarray, generated: np.ndarray, whole: bool, random: np.random.Generator, bootstraps: int = BOOTSTRAPS
+    real: np.ndarray,
+    generated: np.ndarray,
+    whole: bool,
+    random: np.random.Generator,
+    bootstraps: int = BOOTSTRAPS,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(1 + bootstraps,) L1 and W1 of two samples: of the samples themselves, then of resampled ones.
+    """Return (1 + bootstraps,) L1 and W1: of the samples first, then of resampled ones.
 
-    A side without values is as far as can be in L1 (1), and nan in W1.
+    If one side has no values, L1 is 1 and W1 is nan.
     """
     if not len(real) or not len(generated):
         return np.ones(1 + bootstraps), np.full(1 + bootstraps, np.nan)
@@ -255,10 +299,16 @@ def distances(
     deviation = pooled.std()
     z = (x - pooled.mean()) / deviation if deviation > 0 else x * 0.0
     of_bin = np.clip(np.searchsorted(borders, x, side="right") - 1, 0, len(borders) - 2)
-    p, q = (np.bincount(part, minlength=len(x)).astype(float) for part in np.split(inverse, [len(real)]))
+    p, q = (
+        np.bincount(part, minlength=len(x)).astype(float) for part in np.split(inverse, [len(real)])
+    )
     both = []
     for number in range(1 + bootstraps):
-        a, b = (p, q) if number == 0 else (random.multinomial(int(c.sum()), c / c.sum()).astype(float) for c in (p, q))
+        a, b = (
+            (p, q)
+            if number == 0
+            else (random.multinomial(int(c.sum()), c / c.sum()).astype(float) for c in (p, q))
+        )
         bins = [np.bincount(of_bin, c, len(borders) - 1) for c in (a, b)]
         both.append((l1(*bins), wasserstein(z, a, b)))
     ones, twos = np.array(both).T
@@ -266,21 +316,29 @@ def distances(
 
 
 def conditional_distances(
-    real: tuple[np.ndarray, np.ndarray], generated: tuple[np.ndarray, np.ndarray], whole: bool, whole_given: bool,
+    real: tuple[np.ndarray, np.ndarray],
+    generated: tuple[np.ndarray, np.ndarray],
+    whole: bool,
+    whole_given: bool,
     random: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """As :func:`distances`, of (values, what they are given) by deciles (or values) of what is given, weighted by how
-    many events there are. Where only one of the two ever was, L1 is 1; W1, which does not exist there, leaves it out,
-    and is nan where nothing is left."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return :func:`distances` within deciles (or values) of a condition, weighted by their events.
+
+    Both inputs are (values, condition). Where only one market has events, L1 is 1 and W1 is left
+    out; W1 is nan if nothing is left.
+    """
     given = np.concatenate([real[1], generated[1]])
     if not len(real[1]) or not len(generated[1]):
         return distances(real[0], generated[0], whole, random)
     borders = np.unique(given if whole_given else np.quantile(given, np.arange(0, 1, 0.1)))
     groups = [np.searchsorted(borders, g, side="right") for g in (real[1], generated[1])]
-    total, out, both = len(given), np.zeros((2, 1 + BOOTSTRAPS)), 0
+    total = len(given)
+    out = np.zeros((2, 1 + BOOTSTRAPS))
+    both = 0
     for group in np.unique(np.concatenate(groups)):
         parts = [v[0][g == group] for v, g in zip((real, generated), groups, strict=True)]
-        count, found = len(np.concatenate(parts)), distances(parts[0], parts[1], whole, random)
+        count = len(np.concatenate(parts))
+        found = distances(parts[0], parts[1], whole, random)
         out[0] += count / total * found[0]
         if len(parts[0]) and len(parts[1]):
             out[1] += count * found[1]
@@ -289,8 +347,10 @@ def conditional_distances(
 
 
 def interval(draws: np.ndarray) -> Distance:
-    """The basic bootstrap interval: resampled distances lie above the value by what resampling adds, so they are
-    reflected at it (Davison and Hinkley 1997, section 5.2)."""
+    """Return the basic bootstrap interval (Davison and Hinkley 1997, section 5.2).
+
+    Resampling adds to a distance, so the resampled distances are reflected at the value.
+    """
     tail = 50 * (1 - COVERAGE)
     if np.isnan(draws).any():
         return Distance(float(draws[0]), float("nan"), float("nan"))
@@ -299,12 +359,16 @@ def interval(draws: np.ndarray) -> Distance:
     return Distance(value, max(0.0, 2 * value - float(high)), max(value, 2 * value - float(low)))
 
 
-def compare(real: list[Tape], generated: list[Tape], seed: int = 0) -> pd.DataFrame:
-    """A row for each statistic: l1, l1_low, l1_high, w1, w1_low, w1_high; the last is the mean over all."""
+def compare(real: list[SessionData], generated: list[SessionData], seed: int = 0) -> pd.DataFrame:
+    """Return l1, l1_low, l1_high, w1, w1_low, w1_high for each statistic, and their mean as last
+    row."""
     random = np.random.default_rng(seed)
-    rows, draws = {}, []
+    rows = {}
+    draws = []
     for name, (statistic, whole) in STATISTICS.items():
-        draws.append(distances(values(real, statistic), values(generated, statistic), whole, random))
+        draws.append(
+            distances(values(real, statistic), values(generated, statistic), whole, random)
+        )
         rows[name] = draws[-1]
     for name, ((statistic, whole), (given, whole_given)) in CONDITIONALS.items():
         pairs = [_given(tapes, statistic, given) for tapes in (real, generated)]
@@ -313,13 +377,18 @@ def compare(real: list[Tape], generated: list[Tape], seed: int = 0) -> pd.DataFr
     rows["mean"] = tuple(np.nanmean([d[i] for d in draws], 0) for i in (0, 1))
     table = {}
     for name, (ones, twos) in rows.items():
-        a, b = interval(ones), interval(twos)
+        a = interval(ones)
+        b = interval(twos)
         table[name] = (a.value, a.low, a.high, b.value, b.low, b.high)
-    return pd.DataFrame.from_dict(table, orient="index", columns=["l1", "l1_low", "l1_high", "w1", "w1_low", "w1_high"])
+    return pd.DataFrame.from_dict(
+        table, orient="index", columns=["l1", "l1_low", "l1_high", "w1", "w1_low", "w1_high"]
+    )
 
 
 def _given(
-    tapes: list[Tape], statistic: Callable[[Tape], np.ndarray], given: Callable[[Tape], np.ndarray]
+    tapes: list[SessionData],
+    statistic: Callable[[SessionData], np.ndarray],
+    given: Callable[[SessionData], np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
     tapes = [t for t in tapes if len(t.messages) > 1]
     pairs = [(statistic(t), given(t)) for t in tapes]
@@ -328,19 +397,29 @@ def _given(
     return v[kept], g[kept]
 
 
-def divergence(real: list[Tape], generated: list[Tape]) -> pd.DataFrame:
-    """L1 to the real market of the generated messages that are that far from their beginning, by hundreds."""
+def divergence(real: list[SessionData], generated: list[SessionData]) -> pd.DataFrame:
+    """Return L1 to the real market by hundreds of messages since the start of the simulation."""
     rows = []
     furthest = min((len(t.messages) for t in generated), default=0)
     for start in range(0, furthest - HORIZON + 1, HORIZON):
         part = [
-            Tape(t.messages.iloc[start : start + HORIZON].reset_index(drop=True), t.book[start : start + HORIZON])
+            SessionData(
+                t.messages.iloc[start : start + HORIZON].reset_index(drop=True),
+                t.book[start : start + HORIZON],
+            )
             for t in generated
         ]
         row: dict[str, float] = {"messages": start + HORIZON}
-        for name in ("spread", "imbalance", "log inter-arrival time", "ask volume, touch", "bid volume, touch"):
+        for name in (
+            "spread",
+            "imbalance",
+            "log inter-arrival time",
+            "ask volume, touch",
+            "bid volume, touch",
+        ):
             statistic, whole = STATISTICS[name]
-            a, b = values(real, statistic), values(part, statistic)
+            a = values(real, statistic)
+            b = values(part, statistic)
             row[name] = distances(a, b, whole, np.random.default_rng(0), bootstraps=0)[0][0]
         rows.append(row)
     return pd.DataFrame(rows)
@@ -351,16 +430,19 @@ def divergence(real: list[Tape], generated: list[Tape]) -> pd.DataFrame:
 EVENT_TYPES = ("MO0", "MO1", "LO0", "LO1", "CA0", "CA1")
 
 
-def impact(tapes: list[Tape], lags: int = LAGS) -> pd.DataFrame:
-    """Mean mid-price move (ticks, in the event's direction) by lag after events of six kinds (columns; rows are lags
-    1 to 199): market orders, limit orders, cancels, that leave the mid where it was (0) or move it (1).
+def impact(tapes: list[SessionData], lags: int = LAGS) -> pd.DataFrame:
+    """Return the mean mid-price move after events, in ticks in the event's direction.
 
-    Eisler, Bouchaud and Kockelkoren 2012, section 2: R(l) = E[(m_{t+l} - m_t) e_t] with the mid before the event, and e
-    +1 for what buys: a trade at the ask, a bid, the cancel of an ask.
+    Rows are lags 1 to 199. Columns are market orders, limit orders and cancels that leave the mid
+    (0) or move it (1). Eisler, Bouchaud and Kockelkoren 2012, section 2: R(l) = E[(m_{t+l} - m_t)
+    e_t] with the mid before the event, and e = +1 for what buys: a trade at the ask, a bid, the
+    cancel of an ask.
     """
-    sums, counts = {k: np.zeros(lags) for k in EVENT_TYPES}, dict.fromkeys(EVENT_TYPES, 0)
+    sums = {k: np.zeros(lags) for k in EVENT_TYPES}
+    counts = dict.fromkeys(EVENT_TYPES, 0)
     for t in tapes:
-        mid, kind = t.mid, t.messages["type"].to_numpy()
+        mid = t.mid
+        kind = t.messages["type"].to_numpy()
         direction = t.messages["direction"].to_numpy()
         n = len(mid)
         if n <= lags + 1:
@@ -382,7 +464,7 @@ def impact(tapes: list[Tape], lags: int = LAGS) -> pd.DataFrame:
 
 
 def autocorrelation(x: np.ndarray, lag: int) -> float:
-    """Of a series with itself `lag` later; nan where it is too short or constant."""
+    """Return a series' correlation with itself `lag` later; nan if it is too short or constant."""
     if len(x) <= lag + 1 or x.std() == 0:
         return float("nan")
     x = x - x.mean()
@@ -390,7 +472,7 @@ def autocorrelation(x: np.ndarray, lag: int) -> float:
 
 
 def hill(x: np.ndarray, share: float = 0.05) -> float:
-    """The exponent of the tail of |x|, by Hill's estimator over the largest `share`."""
+    """Return the tail exponent of |x| by Hill's estimator over the largest `share`."""
     ordered = np.sort(np.abs(x))[::-1]
     k = int(len(ordered) * share)
     if k < 10 or ordered[k] <= 0:
@@ -398,25 +480,28 @@ def hill(x: np.ndarray, share: float = 0.05) -> float:
     return float(1 / np.log(ordered[:k] / ordered[k]).mean())
 
 
-def returns(tape: Tape, seconds: float = 1.0) -> np.ndarray:
-    """Moves of the mid price (ticks) from second to second."""
+def returns(tape: SessionData, seconds: float = 1.0) -> np.ndarray:
+    """Return the mid price's moves (ticks) from second to second."""
     times = tape.messages["time"].to_numpy()
     grid = np.arange(times[0], times[-1] + 1, int(seconds * 1e9))
     mids = tape.mid[np.searchsorted(times, grid, side="right") - 1]
     return np.diff(mids[np.isfinite(mids)])
 
 
-def trade_signs(tape: Tape) -> np.ndarray:
-    """+1 for what bought, of each market order: trades at one time are one order's."""
+def trade_signs(tape: SessionData) -> np.ndarray:
+    """Return +1 for each market order that bought, -1 for others. Trades at one time are one
+    order's."""
     trades = tape.messages[tape.messages["type"] == 4].drop_duplicates("time")
     return -trades["direction"].to_numpy(float)
 
 
-def facts(tapes: list[Tape]) -> dict[str, float]:
-    """Stylised facts: means over sessions, weighted by their messages where they are about messages."""
+def facts(tapes: list[SessionData]) -> dict[str, float]:
+    """Return stylized facts: means over sessions; those about messages are weighted by messages."""
     every = pd.concat([t.messages for t in tapes])
-    mix = {name: float(every["type"].isin(types).mean()) for name, types in
-           (("adds", (1,)), ("cancels", (2, 3)), ("trades", (4,)))}  # fmt: skip
+    mix = {
+        name: float(every["type"].isin(types).mean())
+        for name, types in (("adds", (1,)), ("cancels", (2, 3)), ("trades", (4,)))
+    }
     long = [t for t in tapes if len(t.messages) > 10]
     moves = [returns(t) for t in long]
     pooled = np.concatenate(moves) if moves else np.empty(0)
@@ -429,14 +514,18 @@ def facts(tapes: list[Tape]) -> dict[str, float]:
 
     signs = [trade_signs(t) for t in long]
     return {
-        "messages": float(len(every)), "messages per second": len(every) / seconds if seconds else float("nan"), **mix,
+        "messages": float(len(every)),
+        "messages per second": len(every) / seconds if seconds else float("nan"),
+        **mix,
         "mean spread": float(np.nanmean(np.concatenate([_spread(t) for t in tapes]))),
         "deviation of 1 s returns": float(deviation),
-        "kurtosis of 1 s returns": float((pooled**4).mean() / deviation**4) if deviation > 0 else float("nan"),
+        "kurtosis of 1 s returns": float((pooled**4).mean() / deviation**4)
+        if deviation > 0
+        else float("nan"),
         "tail exponent of 1 s returns": hill(pooled),
         "autocorrelation of returns, 1 s": over(lambda x: autocorrelation(x, 1), moves),
         "autocorrelation of |returns|, 1 s": over(lambda x: autocorrelation(np.abs(x), 1), moves),
         "autocorrelation of |returns|, 10 s": over(lambda x: autocorrelation(np.abs(x), 10), moves),
         "autocorrelation of trade signs, 1": over(lambda x: autocorrelation(x, 1), signs),
         "autocorrelation of trade signs, 10": over(lambda x: autocorrelation(x, 10), signs),
-    }  # fmt: skip
+    }

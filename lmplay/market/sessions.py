@@ -1,4 +1,4 @@
-"""From records to messages: replaying a trading session, with what is wrong in it named or counted."""
+"""Replay a trading session: records become messages, and errors are named or counted."""
 
 from __future__ import annotations
 
@@ -9,35 +9,48 @@ from typing import Literal
 
 from ..errors import LmplayError
 from .book import Order
-from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, MAX_SECONDS, MAX_SIZE, REPLACE, Event, Market, Message
+from .events import (
+    ADD,
+    CANCEL,
+    EXECUTE,
+    EXECUTE_AT,
+    MAX_SECONDS,
+    MAX_SIZE,
+    REPLACE,
+    Event,
+    Market,
+    Message,
+)
 
 Errors = Literal["stop", "skip"]
 
 
 @dataclass
-class Findings:
-    """What a session's records had wrong with them: the first is an error, or all are counted."""
+class DataIssues:
+    """What is wrong with a session's records: the first one raises, or all are counted."""
 
     name: str
     errors: Errors = "stop"
     counts: Counter[str] = field(default_factory=Counter)
 
     def wrong(self, line: int, what: str, text: str) -> None:
-        """Raises LmplayError, or counts `what` where errors are skipped."""
+        """Raise LmplayError, or count `what` if errors are skipped."""
         if self.errors == "stop":
-            raise LmplayError(f"{self.name}: line {line}: {text}; 'errors': 'skip' leaves such lines out")
+            raise LmplayError(
+                f"{self.name}: line {line}: {text}; 'errors': 'skip' leaves such lines out"
+            )
         self.counts[f"skipped: {what}"] += 1
 
 
-Events = Callable[[Market, Findings], Iterator[tuple[int, Event]]]
+Events = Callable[[Market, DataIssues], Iterator[tuple[int, Event]]]
 
 
 @dataclass(frozen=True)
 class Session:
-    """One ticker over one stretch of time.
+    """One ticker over a stretch of time.
 
-    `events` yields (line, event), and is asked for the next only when the last was applied to the market that it was
-    given: it may look at the book.
+    `events` yields (line, event). It may look at the market that it is given, so each event must be
+    applied before the next is requested.
     """
 
     name: str
@@ -48,12 +61,14 @@ class Session:
     tick: int = 100  # the price grid in 1/10000, for writing LOBSTER files
 
 
-def replay(session: Session, findings: Findings, ticker: int = 0) -> Iterator[tuple[Event, Message, Market]]:
-    """Every event of a session that messages can tell, with its message and the market, to which it was applied.
+def replay(
+    session: Session, issues: DataIssues, ticker: int = 0
+) -> Iterator[tuple[Event, Message, Market]]:
+    """Yield every event that a message can express, its message, and the market after it.
 
-    Sizes above 9999 are clipped, orders further than 999 ticks from the mid left out with all that happens to them,
-    gaps above 999 seconds clipped: all are counted in `findings`. Until the book has had both sides, events shape it
-    and are not yielded.
+    Sizes above 9999 and gaps above 999 seconds are clipped. Orders more than 999 ticks from the mid
+    are left out, with all their events. `issues` counts all of this. Events before the book has had
+    both sides are applied and not yielded.
 
     Raises:
         LmplayError: a record is wrong and errors are not skipped.
@@ -61,44 +76,54 @@ def replay(session: Session, findings: Findings, ticker: int = 0) -> Iterator[tu
     market = Market(ticker, session.orders, session.time)
     left_out: set[int] = set()
     clipped: set[int] = set()
-    for line, raw in session.events(market, findings):
+    for line, raw in session.events(market, issues):
         if raw.time < market.time:
-            findings.wrong(line, "out of order", f"its time is {market.time - raw.time} ns before the last one's")
+            issues.wrong(
+                line,
+                "out of order",
+                f"its time is {market.time - raw.time} ns before the last one's",
+            )
             continue
-        event = _expressible(raw, market, findings, left_out, clipped, line)
+        event = _expressible(raw, market, issues, left_out, clipped, line)
         if event is None:
             continue
         if market.book.mid() is None:
             market.apply(event)
-            findings.counts["before both sides"] += 1
+            issues.counts["before both sides"] += 1
             continue
         message = market.describe(event)
         if message.dt > MAX_SECONDS * 10**9:
-            findings.counts["clipped: time since the last"] += 1
+            issues.counts["clipped: time since the last"] += 1
             message = message._replace(dt=MAX_SECONDS * 10**9)
         if (
             event.kind == EXECUTE
             and market.book.front(message.side, event.price) is not market.book.orders[event.order]
         ):
-            findings.counts["trades behind the front of a queue"] += 1
+            issues.counts["trades behind the front of a queue"] += 1
         market.apply(event)
         yield event, message, market
     if market.book.pruned:
-        findings.counts["orders that the mid left behind"] = len(market.book.pruned)
+        issues.counts["orders that the mid left behind"] = len(market.book.pruned)
 
 
 def _expressible(
-    event: Event, market: Market, findings: Findings, left_out: set[int], clipped: set[int], line: int
+    event: Event,
+    market: Market,
+    issues: DataIssues,
+    left_out: set[int],
+    clipped: set[int],
+    line: int,
 ) -> Event | None:
-    """The event as a message can tell it, or None where it cannot be told."""
-    book, counts = market.book, findings.counts
+    """Return the event in the form that a message can express, or None."""
+    book = market.book
+    counts = issues.counts
     if event.kind in (ADD, REPLACE):
         if event.size > MAX_SIZE:
             counts["clipped: size"] += 1
             clipped.add(event.order if event.kind == ADD else event.new)
             event = event._replace(size=MAX_SIZE)
         if event.size <= 0:
-            findings.wrong(line, "size", f"its size is {event.size}")
+            issues.wrong(line, "size", f"its size is {event.size}")
             return None
     order = None
     if event.kind != ADD:
@@ -109,14 +134,18 @@ def _expressible(
                 if event.kind == REPLACE:
                     left_out.add(event.new)
             else:
-                findings.wrong(line, "reference", f"order {event.order} is not in the book")
+                issues.wrong(line, "reference", f"order {event.order} is not in the book")
             return None
         if event.kind != REPLACE and event.size > order.size:
             if order.id in clipped or order.size == MAX_SIZE:
                 counts["clipped: size"] += 1
                 event = event._replace(size=order.size)
             else:
-                findings.wrong(line, "size", f"{event.size} of order {event.order} go, and it has {order.size} left")
+                issues.wrong(
+                    line,
+                    "size",
+                    f"{event.size} of order {event.order} go, and it has {order.size} left",
+                )
                 return None
     if event.kind == EXECUTE_AT and book.beyond(event.price):
         counts["clipped: price of a trade"] += 1
@@ -126,7 +155,7 @@ def _expressible(
         side = event.side if order is None else order.side
         id = event.order if order is None else event.new
         if id in book.orders and (order is None or id != event.order):
-            findings.wrong(line, "reference", f"order {id} is in the book already")
+            issues.wrong(line, "reference", f"order {id} is in the book already")
             return None
         beyond = book.beyond(event.price)
         if beyond or book.crosses(side, event.price):
@@ -134,15 +163,16 @@ def _expressible(
             left_out.add(id)
             if order is None:
                 return None
-            return Event(event.time, CANCEL, side, order.price, order.size, order.id)  # what a replace leaves of it
+            # what a replace leaves of it
+            return Event(event.time, CANCEL, side, order.price, order.size, order.id)
     return event
 
 
 def rebuild(messages: Iterator[Message], start: Market) -> Iterator[Market]:
-    """Play messages into a market that holds what rested at their beginning: the way back of :func:`replay`.
+    """Apply messages to a market, the reverse of :func:`replay`.
 
     Raises:
-        BookError: a message names an order that is not there.
+        BookError: a message names an order that does not exist.
     """
     for message in messages:
         start.apply(start.interpret(message))

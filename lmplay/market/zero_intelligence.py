@@ -1,9 +1,9 @@
-"""A market without intentions: orders come and go at random, at rates that depend on the price alone.
+"""A market of random orders, whose rates depend on the price alone.
 
-:func:`events` is the model of Cont, Stoikov and Talreja (Operations Research 58, 2010) on a real book. The embedded
-generator adds what its flow lacks: traders that split large orders (Lillo, Mike and Farmer 2005), a clock that runs
-fast and slow, sizes as people choose them. :func:`fit` measures the rates in a session: the baseline that knows them
-all and nothing of their order.
+:func:`events` is the model of Cont, Stoikov and Talreja (Operations Research 58, 2010) on a real
+book. The built-in generator adds traders that split large orders (Lillo, Mike and Farmer 2005), a
+clock that runs fast and slow, and realistic sizes. :func:`fit` measures the rates of a session: a
+baseline that knows all rates and nothing about the order of events.
 """
 
 from __future__ import annotations
@@ -17,21 +17,27 @@ import numpy as np
 from ..errors import LmplayError
 from .book import ASK, BID, Order
 from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, MAX_SIZE, REPLACE, Event, Market, Message
-from .sessions import Findings, Session
+from .sessions import DataIssues, Session
 
-# Cont, Stoikov and Talreja's table 1, by ticks from the opposite best price; further away its power law, and the last.
+# Cont, Stoikov and Talreja's table 1, by ticks from the opposite best price; further away its power
+# law, and the last.
 CST_LIMIT = (1.85, 1.51, 1.09, 0.88, 0.77, *(1.92 / i**0.52 for i in range(6, 21)))
 CST_CANCEL = (0.71, 0.81, 0.68, 0.56, 0.47, 0.47, 0.37, 0.30, 0.26, 0.19)
 CST_MARKET = 0.94
 
-OPEN, CLOSE = 34_200 * 10**9, 57_600 * 10**9
+OPEN = 34_200 * 10**9
+CLOSE = 57_600 * 10**9
 PRICE = 10_000  # ticks, where the embedded market opens
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Events per second: of limit orders and of cancels of each resting order by ticks from the opposite best price
-    (the first is one tick, the last goes on), of market orders by side of what they hit."""
+    """Events per second.
+
+    limit: limit orders by ticks from the opposite best price (the first is one tick; the last goes
+    on). cancel: cancels of each resting order, by the same distance.
+    market: market orders, by the side that they hit.
+    """
 
     limit: tuple[np.ndarray, np.ndarray]
     cancel: tuple[np.ndarray, np.ndarray]
@@ -41,17 +47,22 @@ class Rates:
 
 
 def cst() -> Rates:
-    limit, cancel = np.array(CST_LIMIT), np.array(CST_CANCEL)
+    limit = np.array(CST_LIMIT)
+    cancel = np.array(CST_CANCEL)
     return Rates((limit, limit), (cancel, cancel), (CST_MARKET, CST_MARKET))
 
 
 @dataclass(frozen=True)
 class Realism:
-    """What the embedded generator adds to the rates; the defaults are its settings, Realism.none() leaves all out."""
+    """What the built-in generator adds to the rates; Realism.none() adds nothing."""
 
     parents: int = 3  # large orders at a time, whose children the market orders are
     tail: float = 1.5  # Pareto exponent of their lengths; 0 for signs at random
-    clock: tuple[tuple[float, float], ...] = ((1.0, 0.8), (120.0, 0.6))  # (seconds, deviation) of log-OU factors
+    # (seconds, deviation) of log-OU factors
+    clock: tuple[tuple[float, float], ...] = (
+        (1.0, 0.8),
+        (120.0, 0.6),
+    )
     partial: float = 0.002  # of the events: a part of an order is cancelled
     replace: float = 0.03
     day: bool = True  # more at the open and the close
@@ -61,18 +72,29 @@ class Realism:
         return Realism(tail=0.0, clock=(), partial=0.0, replace=0.0, day=False)
 
 
-def session(seed: int, seconds: float, realism: Realism | None = None, ticker: str = "ZI") -> Session:
-    """The embedded generator's market from 9:30: the same for the same seed, and its beginning for fewer seconds."""
+def session(
+    seed: int, seconds: float, realism: Realism | None = None, ticker: str = "ZI"
+) -> Session:
+    """Return the built-in generator's market from 9:30. Fewer seconds give the start of the same
+    market."""
     seeds = [
-        Order(1 + 2 * (20 * k + i) + side, side, PRICE - 1 - i if side == BID else PRICE + i, 100, OPEN)
+        Order(
+            1 + 2 * (20 * k + i) + side,
+            side,
+            PRICE - 1 - i if side == BID else PRICE + i,
+            100,
+            OPEN,
+        )
         for k in range(3)
         for i in range(20)
         for side in (BID, ASK)
     ]
 
-    def source(market: Market, findings: Findings) -> Iterator[tuple[int, Event]]:
+    def source(market: Market, issues: DataIssues) -> Iterator[tuple[int, Event]]:
         end = OPEN + int(seconds * 10**9)
-        numbered = enumerate(events(market, cst(), np.random.default_rng(seed), realism or Realism()), 1)
+        numbered = enumerate(
+            events(market, cst(), np.random.default_rng(seed), realism or Realism()), 1
+        )
         for number, event in numbered:
             if event.time >= end:
                 return
@@ -83,7 +105,7 @@ def session(seed: int, seconds: float, realism: Realism | None = None, ticker: s
 
 @dataclass
 class _Signs:
-    """Which side the next market order hits: children of large orders that are cut into pieces."""
+    """Which side the next market order hits: the parts of large orders that are split."""
 
     realism: Realism
     random: np.random.Generator
@@ -104,9 +126,12 @@ class _Signs:
         return side
 
 
-def events(market: Market, rates: Rates, random: np.random.Generator, realism: Realism) -> Iterator[Event]:
-    """Without end; each has to be applied to the market before the next is asked for (Gillespie's algorithm)."""
-    book, signs = market.book, _Signs(realism, random)
+def events(
+    market: Market, rates: Rates, random: np.random.Generator, realism: Realism
+) -> Iterator[Event]:
+    """Yield events without end (Gillespie's algorithm). Apply each before asking for the next."""
+    book = market.book
+    signs = _Signs(realism, random)
     clock = np.zeros(len(realism.clock))
     limit_total = [float(rates.limit[side].sum()) for side in (BID, ASK)]
     limit_sums = [np.cumsum(rates.limit[side]) for side in (BID, ASK)]
@@ -119,15 +144,25 @@ def events(market: Market, rates: Rates, random: np.random.Generator, realism: R
                 opposite[side] = market.mid + (1 if side == BID else -1)
         by_level: list[list[tuple[int, float]]] = []
         for side in (BID, ASK):
-            last, other, levels = len(cancel[side]) - 1, opposite[side] or 0, book.levels[side]
-            by_level.append([(p, len(q) * cancel[side][min(abs(p - other) - 1, last)]) for p, q in levels.items()])
+            last = len(cancel[side]) - 1
+            other = opposite[side] or 0
+            levels = book.levels[side]
+            by_level.append(
+                [
+                    (p, len(q) * cancel[side][min(abs(p - other) - 1, last)])
+                    for p, q in levels.items()
+                ]
+            )
         cancels = [sum(rate for _, rate in levels) for levels in by_level]
         market_rate = [rates.market[side] if book.prices[side] else 0.0 for side in (BID, ASK)]
         total = sum(limit_total) + sum(cancels) + sum(market_rate)
         wait = random.exponential(1 / total) / _speed(clock, realism, time)
-        for i, (tau, deviation) in enumerate(realism.clock):  # the factors' exact step (Ornstein-Uhlenbeck)
+        # the factors' exact step (Ornstein-Uhlenbeck)
+        for i, (tau, deviation) in enumerate(realism.clock):
             keep = math.exp(-wait / tau)
-            clock[i] = clock[i] * keep + deviation * math.sqrt(1 - keep * keep) * random.standard_normal()
+            clock[i] = (
+                clock[i] * keep + deviation * math.sqrt(1 - keep * keep) * random.standard_normal()
+            )
         time += wait * 1e9
         now = max(int(time), market.time + 1)
         u = random.random() * total
@@ -159,9 +194,14 @@ def _speed(clock: np.ndarray, realism: Realism, time: float) -> float:
 
 
 def _cancel(
-    market: Market, side: int, levels: list[tuple[int, float]], u: float, now: int, realism: Realism,
+    market: Market,
+    side: int,
+    levels: list[tuple[int, float]],
+    u: float,
+    now: int,
+    realism: Realism,
     random: np.random.Generator,
-) -> Event:  # fmt: skip
+) -> Event:
     for price, rate in levels:  # noqa: B007 (the last one stands where rounding leaves a rest)
         if u < rate:
             break
@@ -179,8 +219,10 @@ def _cancel(
     return Event(now, CANCEL, side, price, order.size, order.id)
 
 
-def _trade(market: Market, side: int, now: int, rates: Rates, random: np.random.Generator) -> Iterator[Event]:
-    """A market order against the best price of `side`, and no further."""
+def _trade(
+    market: Market, side: int, now: int, rates: Rates, random: np.random.Generator
+) -> Iterator[Event]:
+    """Yield a market order's trades at the best price of `side`."""
     price = market.book.best(side)
     assert price is not None
     left = _size(rates.market_sizes, random)
@@ -191,7 +233,7 @@ def _trade(market: Market, side: int, now: int, rates: Rates, random: np.random.
 
 
 def _size(sizes: np.ndarray | None, random: np.random.Generator) -> int:
-    """One of `sizes`; or half of them 100, a tenth 200 to 500, the rest log-normal."""
+    """Return one of `sizes`; without them half are 100, a tenth 200 to 500, the rest log-normal."""
     if sizes is not None:
         return int(sizes[int(random.integers(len(sizes)))])
     u = random.random()
@@ -203,20 +245,28 @@ def _size(sizes: np.ndarray | None, random: np.random.Generator) -> int:
 
 
 def fit(replayed: Iterable[tuple[Event, Message, Market]], reach: int = 999) -> Rates:
-    """The rates of a session (:func:`replay` of it), by counting: events, over seconds or over orders times seconds.
+    """Return the rates of a session's replay, by counting: events per second, or per order and
+    second.
 
-    Distances are those before an event, up to `reach` ticks; a replace counts as a cancel and an add.
+    Distances are those before an event, up to `reach` ticks. A replace counts as a cancel and an
+    add.
 
     Raises:
         LmplayError: there are no events, or they take no time.
     """
-    limit, gone = np.zeros((2, reach)), np.zeros((2, reach))
+    limit = np.zeros((2, reach))
+    gone = np.zeros((2, reach))
     exposure = np.zeros((2, reach))  # orders times seconds
-    trades, sizes, trade_sizes = np.zeros(2), [], []
-    seconds, before, every = 0.0, None, 16
+    trades = np.zeros(2)
+    sizes = []
+    trade_sizes = []
+    seconds = 0.0
+    before = None
+    every = 16
     state = [np.zeros(reach), np.zeros(reach)]
     for number, (event, message, market) in enumerate(replayed):
-        # The book's shape is sampled at every 16th event, and the distances are counted from the state at hand.
+        # The book's shape is sampled at every 16th event, and the distances are counted from the
+        # state at hand.
         if number % every == 0:
             state = [_counts(market, side, reach) for side in (BID, ASK)]
         if before is not None:
@@ -239,19 +289,27 @@ def fit(replayed: Iterable[tuple[Event, Message, Market]], reach: int = 999) -> 
             trades[message.side] += 1
             trade_sizes.append(message.size)
     if not sizes or seconds <= 0:
-        raise LmplayError("zero-intelligence markets: no order is added in the part that is not held out: no rates")
-    # Where few orders ever were, a ratio is noise: the whole side's rate is blended in, with the weight of 10 seconds.
+        raise LmplayError(
+            "zero-intelligence markets: no order is added in the part that is not held out: no "
+            "rates"
+        )
+    # Where few orders ever were, a ratio is noise: the whole side's rate is blended in, with the
+    # weight of 10 seconds.
     overall = gone.sum(1, keepdims=True) / np.maximum(exposure.sum(1, keepdims=True), 1e-9)
     cancel = (gone + 10 * overall) / (exposure + 10)
     return Rates(
-        (limit[BID] / seconds, limit[ASK] / seconds), (cancel[BID], cancel[ASK]),
-        (trades[BID] / seconds, trades[ASK] / seconds), np.array(sizes), np.array(trade_sizes or [1]),
-    )  # fmt: skip
+        (limit[BID] / seconds, limit[ASK] / seconds),
+        (cancel[BID], cancel[ASK]),
+        (trades[BID] / seconds, trades[ASK] / seconds),
+        np.array(sizes),
+        np.array(trade_sizes or [1]),
+    )
 
 
 def _counts(market: Market, side: int, reach: int) -> np.ndarray:
-    """(reach,) resting orders of a side by ticks from the opposite best price."""
-    out, other = np.zeros(reach), market.book.best(1 - side)
+    """Return (reach,) resting orders of a side by ticks from the opposite best price."""
+    out = np.zeros(reach)
+    other = market.book.best(1 - side)
     for price, queue in market.book.levels[side].items():
         if other is not None:
             out[min(abs(price - other), reach) - 1] += len(queue)

@@ -1,0 +1,600 @@
+"""The training loop: :meth:`Trainer.train` and :meth:`Trainer.train_step`.
+
+One module, because the loop, its state and what a checkpoint holds of both must change together.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import decoding
+from ..api import ModelRunner, StepOut
+from ..data.packing import Arrays, ValidationSet, mixtures
+from ..data.prepare import Prepared
+from ..devices import Precision, peak_memory_mb, release_memory
+from ..errors import LmplayError, NotFiniteError
+from ..model import (
+    autocast,
+    build_model,
+    count_flops,
+    find_mini_batch,
+    parameter_counts,
+    seed_of,
+    to_batch,
+)
+from ..ops import IGNORE
+from ..plan import Plan, PlanStage
+from . import checkpoint, warm_start
+from .curves import TRAIN, VALIDATE, CurveFile, Samples, read_curve
+from .optimizers import Optimizers, lr_multiplier
+from .progress import Reporter
+from .restore import Restored
+from .run_folder import RunFolder
+
+LN2 = math.log(2)
+FP16_SCALE = 2.0**16  # first scale of the loss in fp16; the GradScaler adapts it
+
+
+@dataclass
+class TrainState:
+    """Position of a run in its plan: all that a resume needs besides tensors."""
+
+    plan_step: int = 0  # index of the stage
+    index: int = 0  # optimizer steps in the stage
+    step_seconds: float = 0.0  # training time in the stage
+    step: int = 0  # optimizer steps in the run
+    tokens: int = 0
+    seconds: float = 0.0  # training time, without validation, saving and preparation
+    validated_at: int = -1  # tokens at the last validation
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is executed. Options change rounding and the draws of dropout, nothing else."""
+
+    compile_model: bool = False
+    save_minutes: float = 5.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run's weights come from, and which of them it trains."""
+
+    initial: Restored | None = None
+    freeze: tuple[str, ...] = ()
+    train_only: tuple[str, ...] = ()
+
+
+class Stopped(Exception):
+    """A signal stopped the run, which was saved. `status` is the exit status."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.status = 128 + signum
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured.
+
+    loss_sum (nats) and n_correct are sums over its counted tokens; log holds the experiment's own
+    curves as means; grad_norm is the norm before clipping.
+    """
+
+    loss_sum: float
+    n_correct: float
+    log: dict[str, float]
+    grad_norm: float
+
+
+class Trainer:
+    """One run of one experiment on one plan.
+
+    Process `rank` of `world` processes reads its share of each batch.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        prepared: Prepared,
+        runner: ModelRunner,
+        seed: int,
+        device: torch.device,
+        precision: Precision,
+        run: RunFolder,
+        reporter: Reporter,
+        options: Options,
+        start: Start | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.plan = plan
+        self.prepared = prepared
+        self.runner = runner
+        self.seed = seed
+        self.device = device
+        self.precision = precision
+        self.run = run
+        self.reporter = reporter
+        self.options = options
+        self.rank = rank
+        self.world = world
+        self.length = runner.config.max_len
+        self.batch_size = plan.batch.batch_size
+        self.streams = mixtures(plan, prepared, self.length)
+        self.validation = ValidationSet(plan, prepared, self.length)
+        self.token_bytes = prepared.tokenizer.token_bytes
+        self.start = start or Start()
+        self.model = build_model(runner, seed).to(device)
+        frozen = warm_start.freeze(self.model, self.start.freeze, self.start.train_only)
+        if frozen:
+            total = sum(1 for _ in self.model.parameters())
+            names = ", ".join(frozen[:4])
+            reporter.note(f"frozen: {len(frozen)} of {total} tensors ({names}, ...)")
+        self.compiled_model: nn.Module = self.model
+        if options.compile_model:
+            self.compiled_model = torch.compile(self.model)  # type: ignore[assignment]
+        self.state = TrainState()
+        self.optimizers = self._make_optimizers()
+        self.scaler = (
+            torch.amp.GradScaler(device.type, init_scale=FP16_SCALE) if precision.scale else None
+        )
+        self.flops_per_token = 0.0
+        self.mini_batch_size = 1
+        self.train_curve = CurveFile(run.path / "train.csv", TRAIN)
+        self.validate_curve = CurveFile(run.path / "validate.csv", VALIDATE)
+        self.samples = Samples(run.path / "samples.jsonl")
+        self.rates: deque[float] = deque(maxlen=20)  # tokens per second of the last steps
+        self.stop_signal: int | None = None
+        self.last_saved = time.monotonic()
+        self.last_checkpoint = "none yet"
+        self.saved_state: TrainState | None = None
+        torch.manual_seed(seed_of(seed, "training"))
+
+    # ---------------------------------------------------------------- the loop
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end of the plan; return the summary.
+
+        Raises:
+            Stopped: a signal asked for it. Everything is saved.
+            NotFiniteError: a training loss, a gradient or a validation loss is not finite.
+        """
+        with self._signals():
+            if self.state.validated_at < 0:
+                self.validate()
+            while self.state.plan_step < len(self.plan.steps):
+                began = time.perf_counter()
+                stream = self.streams[self.state.plan_step]
+                arrays = stream.batch(self.state.index, self.batch_size, self.rank, self.world)
+                schedule = self.plan.schedule_of(self.stage)
+                lr = self.optimizers.set_lr(lr_multiplier(schedule, self.progress(ahead=True)))
+                result = self.train_step(arrays)
+                self.record(arrays, result, lr, time.perf_counter() - began)
+                if self.progress() >= 1:
+                    self.next_stage()
+                if self.should_validate():
+                    self.validate()
+                minutes = (time.monotonic() - self.last_saved) / 60
+                if minutes >= self.options.save_minutes or self.stop_signal is not None:
+                    self.save()
+                if self.stop_signal is not None:
+                    raise Stopped(self.stop_signal)
+            self.save()
+        return self.summary()
+
+    def train_step(self, arrays: Arrays) -> StepResult:
+        """Run one optimizer step on a batch, in mini-batches, at the current learning rates.
+
+        Raises:
+            NotFiniteError: the loss or a gradient is not finite. No weight was updated.
+        """
+        loss_sum, n_correct, log = self.accumulate(arrays)
+        clip = self.plan.batch.grad_clip
+        norm = float(self.optimizers.unscale_and_clip(clip, self.scaler))
+        if self.gradients_are_finite(loss_sum, norm):
+            self.optimizers.step(self.scaler)
+        if self.scaler is not None:
+            self.scaler.update()
+        self.optimizers.zero_grad()
+        return StepResult(loss_sum, n_correct, log, norm)
+
+    def accumulate(self, arrays: Arrays) -> tuple[float, float, dict[str, float]]:
+        """Add up the gradients of the batch's mean loss; return loss, hits and the log."""
+        total = max(1, self.global_sum(arrays.n_tokens))
+        size = len(arrays.ids)
+        loss = torch.zeros((), device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        log: dict[str, Tensor] = {}
+        with self.runner.fixed_weights(self.model):
+            for start in range(0, size, self.mini_batch_size):
+                part = slice(start, min(start + self.mini_batch_size, size))
+                out = self.forward_backward(arrays, part, total)
+                self.optimizers.coalesce()
+                loss += out.loss_sum.detach()
+                correct += out.n_correct
+                weight = (part.stop - part.start) / self.batch_size
+                for name, value in out.log.items():
+                    _check_log_name(name)
+                    sum_so_far = log.get(name, torch.zeros((), device=self.device))
+                    log[name] = sum_so_far + value.detach() * weight
+        return float(loss), float(correct), {k: float(v) for k, v in log.items()}
+
+    def forward_backward(self, arrays: Arrays, part: slice, total: int) -> StepOut:
+        """Run one mini-batch: the sequences `part` of a batch with `total` counted tokens."""
+        with autocast(self.device, self.precision):
+            out = self.runner.step(self.compiled_model, to_batch(arrays, part, self.device))
+        objective = out.loss_sum / total
+        if out.aux_loss is not None:
+            objective = objective + out.aux_loss * ((part.stop - part.start) / self.batch_size)
+        (objective if self.scaler is None else self.scaler.scale(objective)).backward()
+        return out
+
+    def gradients_are_finite(self, loss: float, norm: float) -> bool:
+        """Return whether the weights can be updated.
+
+        False: only fp16's loss scale was too large. The GradScaler then lowers it.
+
+        Raises:
+            NotFiniteError: the loss or the gradient itself is not finite.
+        """
+        if math.isfinite(loss) and math.isfinite(norm):
+            return True
+        if math.isfinite(loss) and self.scaler is not None and self.scaler.get_scale() > 1:
+            return False
+        state = self.state
+        what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        first = state.index * self.batch_size
+        last = first + self.batch_size - 1
+        raise NotFiniteError(
+            f"step {state.step + 1} (plan step {self.stage.step_name}, sequences {first} to "
+            f"{last}): {what}; nothing was updated. {self._remedy()}"
+        )
+
+    def _remedy(self) -> str:
+        return (
+            f"The last good checkpoint is {self.last_checkpoint}. "
+            "Usual fixes: a lower learning rate, or grad_clip in the plan."
+        )
+
+    # ---------------------------------------------------------------- position in the plan
+
+    @property
+    def stage(self) -> PlanStage:
+        return self.plan.steps[self.state.plan_step]
+
+    def max_steps(self) -> float:
+        """Return the optimizer steps that the stage's budgets allow; inf if only time limits it."""
+        stage = self.stage
+        limits = [float(stage.steps)] if stage.steps else []
+        if stage.tokens:
+            limits.append(math.ceil(stage.tokens / (self.batch_size * self.length)))
+        epochs = stage.epochs if stage.epochs or limits or stage.minutes else 1.0
+        if epochs:
+            sequences = self.streams[self.state.plan_step].sequences
+            limits.append(max(1, int(epochs * sequences) // self.batch_size))
+        return min(limits, default=math.inf)
+
+    def progress(self, ahead: bool = False) -> float:
+        """Return the used share of the stage's budget, of the budget that ends first.
+
+        Args:
+            ahead: count the next step as done, so that the schedule ends exactly at 1.
+        """
+        by_steps = (self.state.index + ahead) / self.max_steps()
+        minutes = self.stage.minutes
+        by_time = self.state.step_seconds / (60 * minutes) if minutes else 0.0
+        return min(1.0, max(by_steps, by_time, 1e-9))
+
+    def seconds_left(self) -> float:
+        """Return the remaining training time of the stage, at the speed of the last steps."""
+        minutes = self.stage.minutes
+        by_time = 60 * minutes - self.state.step_seconds if minutes else math.inf
+        per_step = self.batch_size * self.length / statistics.median(self.rates)
+        return max(0.0, min(by_time, (self.max_steps() - self.state.index) * per_step))
+
+    def next_stage(self) -> None:
+        """Move to the next stage, with its learning rates or its own optimizer."""
+        state = self.state
+        before = self.plan.optimizer_of(self.stage)
+        state.plan_step += 1
+        state.index = 0
+        state.step_seconds = 0.0
+        if state.plan_step == len(self.plan.steps):
+            return
+        self.reporter.note(f"plan step {self.stage.step_name} begins")
+        after = self.plan.optimizer_of(self.stage)
+        if type(after) is type(before) and after == before.with_rates_of(after):
+            self.optimizers.change_rates(after)  # the optimizer's state continues
+        else:
+            self.reporter.note(f"a new optimizer begins: {after.name}")
+            self.optimizers = self._make_optimizers()
+
+    def should_validate(self) -> bool:
+        """Return whether the plan's interval of tokens, or the plan, has ended."""
+        state = self.state
+        every = self.plan.validation.every_tokens
+        at_end = state.plan_step == len(self.plan.steps)
+        interval_ended = state.tokens // every > max(0, state.validated_at) // every
+        return state.validated_at != state.tokens and (at_end or interval_ended)
+
+    # ---------------------------------------------------------------- curves and validation
+
+    def record(self, arrays: Arrays, result: StepResult, lr: float, seconds: float) -> None:
+        """Count the step and append its row to train.csv."""
+        state = self.state
+        n = self.global_sum(arrays.n_tokens)
+        processed = self.batch_size * self.length
+        state.index += 1
+        state.step += 1
+        state.tokens += processed
+        state.seconds += seconds
+        state.step_seconds += seconds
+        self.rates.append(processed / seconds)
+        row = {
+            **self._axes(),
+            **self._quality(result.loss_sum, result.n_correct, n, self._bytes(arrays)),
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": processed / seconds,
+            **result.log,
+        }
+        self.train_curve.append(row)
+        self.reporter.step(row, self.progress(), self.seconds_left(), peak_memory_mb(self.device))
+
+    def validate(self) -> None:
+        """Measure the loss on the validation set and generate a sample of text."""
+        self.model.eval()
+        loss = 0.0
+        correct = 0.0
+        n = 0
+        size = 0
+        no_gradients = torch.no_grad()
+        precision = autocast(self.device, self.precision)
+        with no_gradients, precision, self.runner.fixed_weights(self.model):
+            for arrays in self.validation.batches(self.mini_batch_size):
+                batch = to_batch(arrays, slice(None), self.device)
+                out = self.runner.step(self.model, batch)
+                loss += float(out.loss_sum)
+                correct += float(out.n_correct)
+                n += arrays.n_tokens
+                size += self._bytes(arrays)
+        if not math.isfinite(loss):
+            raise NotFiniteError(
+                f"step {self.state.step}: the validation loss is {loss}. {self._remedy()}"
+            )
+        sample = self.sample()
+        self.model.train()
+        self.state.validated_at = self.state.tokens
+        row = {**self._axes(), **self._quality(loss, correct, n, size)}
+        self.validate_curve.append(row)
+        self.samples.append(self.state.tokens, sample)
+        self.reporter.validated(row, sample)
+
+    def sample(self, new_tokens: int = 40) -> str:
+        """Return a text by the model as it is now, drawn from a generator of its own."""
+        tokenizer = self.prepared.tokenizer
+        prompt = self.plan.validation.sample_prompt
+        try:
+            ids = tokenizer.encode(prompt)
+        except LmplayError:  # a character tokenizer may lack the prompt's characters
+            prompt = ""
+            ids = [tokenizer.eot]
+        stream = decoding.generate(
+            self.runner,
+            self.model,
+            ids,
+            new_tokens,
+            self.runner.window(),
+            tokenizer.vocab_size,
+            decoding.Sampling(temperature=0.8, top_k=50),
+            seed=self.seed,
+            eot=tokenizer.eot,
+        )
+        return prompt + tokenizer.decode([tokens[0] for tokens in stream])
+
+    def _axes(self) -> dict[str, float]:
+        return {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "flops": self.state.tokens * self.flops_per_token,
+            "seconds": self.state.seconds,
+        }
+
+    def _quality(self, loss: float, correct: float, n: int, size: int) -> dict[str, float]:
+        """Return nats per token, bits per byte and accuracy from sums over n tokens."""
+        return {
+            "loss": loss / max(1, n),
+            "bpb": loss / LN2 / max(1, size),
+            "accuracy": correct / max(1, n),
+        }
+
+    def _bytes(self, arrays: Arrays) -> int:
+        """Return the text bytes of the counted targets."""
+        return int(np.sum(self.token_bytes[arrays.targets[arrays.targets != IGNORE]]))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the final figures under the names that the command prints."""
+        last = read_curve(self.validate_curve.path).iloc[-1]
+        parameters, training_only = parameter_counts(self.runner, self.model)
+        state = self.state
+        return {
+            "val_bpb": float(last["bpb"]),
+            "val_loss": float(last["loss"]),
+            "val_accuracy": float(last["accuracy"]),
+            "tokens": state.tokens,
+            "steps": state.step,
+            "seconds": round(state.seconds, 1),
+            "tokens_per_second": round(state.tokens / state.seconds, 1),
+            "parameters": parameters,
+            "training_only_parameters": training_only,
+            "peak_memory_mb": round(peak_memory_mb(self.device)),
+        }
+
+    # ---------------------------------------------------------------- before the first step
+
+    def set_up(self, mini_batch_size: int | None, known: dict[str, Any]) -> dict[str, Any]:
+        """Measure FLOPs per token and, if none is given, the fastest mini-batch size.
+
+        Args:
+            known: what an earlier start of this run measured; it is used again.
+
+        Returns:
+            What run.json keeps of it.
+        """
+        arrays = self.streams[0].batch(0, self.batch_size, self.rank, self.world)
+        self.model.train()
+        kept = known.get("mini_batch_size")
+        self.mini_batch_size = mini_batch_size or kept or 0
+        if kept and mini_batch_size and kept != mini_batch_size:
+            self.reporter.note(
+                f"mini-batch {mini_batch_size} instead of {kept}: only rounding and the draws of "
+                "dropout change"
+            )
+        if not self.mini_batch_size:
+            self._find_mini_batch_size(arrays)
+        if self.device.type == "cuda":
+            # Forget the memory of the larger sizes that were tried.
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if "flops_per_token" in known:
+            self.flops_per_token = float(known["flops_per_token"])
+        else:
+            # Measured at the mini-batch's size: a mini-batch may share work among its sequences.
+            with autocast(self.device, self.precision):
+                batch = to_batch(arrays, slice(0, self.mini_batch_size), self.device)
+                passes = math.ceil(self.batch_size / self.mini_batch_size)
+                self.flops_per_token = count_flops(self.runner, self.model, batch, passes)
+        return {"flops_per_token": self.flops_per_token, "mini_batch_size": self.mini_batch_size}
+
+    def _find_mini_batch_size(self, arrays: Arrays) -> None:
+        self.reporter.note("looking for the fastest mini-batch size ...")
+
+        def trial(size: int) -> None:
+            self.forward_backward(arrays, slice(0, size), total=1)
+
+        with self.runner.fixed_weights(self.model):  # their cost is the same for every size
+            self.mini_batch_size = find_mini_batch(
+                trial, self.model, self.device, len(arrays.ids), self.length
+            )
+        self.model.zero_grad(set_to_none=True)
+        release_memory()
+        self.reporter.note(
+            f"mini-batch size {self.mini_batch_size} of {self.batch_size} is the fastest here"
+        )
+
+    def _make_optimizers(self) -> Optimizers:
+        spec = self.plan.optimizer_of(self.stage)
+        optimizers = Optimizers(spec, self.runner.param_groups(self.model), self.model)
+        for note in optimizers.notes:
+            self.reporter.note(note)
+        return optimizers
+
+    # ---------------------------------------------------------------- saving and stopping
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this state is already saved."""
+        if self.state == self.saved_state:
+            return
+        logs = {"train": self.train_curve, "validate": self.validate_curve, "samples": self.samples}
+        for log in logs.values():
+            log.sync()
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors = {
+            "model": checkpoint.model_tensors(self.model),
+            "optimizer": self.optimizers.state_tensors(),
+            "rng": rng,
+        }
+        state = {
+            "place": asdict(self.state),  # the key of all versions
+            **{f"{name}_bytes": log.size for name, log in logs.items()},
+            "grad_scaler": {} if self.scaler is None else self.scaler.state_dict(),
+        }
+        path = checkpoint.save(self.run.checkpoints, self.state.step, tensors, state)
+        self.last_checkpoint = str(path)
+        self.last_saved = time.monotonic()
+        self.saved_state = replace(self.state)
+
+    def resume(self) -> bool:
+        """Continue from the newest valid checkpoint; return False if there is none.
+
+        Curves are cut back to the checkpoint, so that no row is doubled or missing.
+        """
+        found = self.run.newest(self.reporter.note)
+        if found is None:
+            self.train_curve.truncate(0)
+            self.validate_curve.truncate(0)
+            self.samples.truncate(0)
+            if self.start.initial is not None:
+                source = self.start.initial
+                warm_start.warm_start(self.runner, self.model, source, self.reporter.note)
+                self.start = replace(self.start, initial=None)  # frees its memory
+            return False
+        self.state = TrainState(**found.state["place"])
+        if self.state.plan_step < len(self.plan.steps):
+            self.optimizers = self._make_optimizers()
+            self.optimizers.load_state_tensors(found.tensors("optimizer"))
+        checkpoint.load_model_tensors(self.model, found.tensors("model"), found.path)
+        rng = found.tensors("rng")
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and self.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
+        if self.scaler is not None:
+            # Version 0.2 kept only the scale.
+            old = {**self.scaler.state_dict(), "scale": found.state.get("loss_scale", FP16_SCALE)}
+            self.scaler.load_state_dict(found.state.get("grad_scaler") or old)
+        self.train_curve.truncate(found.state["train_bytes"])
+        self.validate_curve.truncate(found.state["validate_bytes"])
+        self.samples.truncate(found.state.get("samples_bytes", 0))  # older runs kept none
+        self.last_checkpoint = str(found.path)
+        self.saved_state = replace(self.state)
+        return True
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Finish the step and save on the first Ctrl-C or SIGTERM; stop at once on a second Ctrl-C.
+
+        A second SIGTERM changes nothing: a parent may pass on a Ctrl-C that arrived here as well.
+        """
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            if self.stop_signal is None:
+                self.stop_signal = signum
+                self.reporter.note("stopping after this step ...")
+            elif signum == signal.SIGINT:
+                raise KeyboardInterrupt
+
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def global_sum(self, count: int) -> int:
+        """Return a count summed over all processes."""
+        if self.world == 1:
+            return count
+        total = torch.tensor(count, device=self.device)
+        torch.distributed.all_reduce(total)
+        return int(total)
+
+
+def _check_log_name(name: str) -> None:
+    """Raise LmplayError if a curve of StepOut.log cannot become a column of train.csv."""
+    if name in (*TRAIN, "correct") or not name.isidentifier():
+        raise LmplayError(f"StepOut.log: {name!r} cannot be a new column of train.csv; rename it")

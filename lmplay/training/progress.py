@@ -1,0 +1,169 @@
+"""What a person sees while a run trains: a live line on a terminal, plain lines elsewhere, and a
+log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from ..errors import first_line
+
+if TYPE_CHECKING:
+    from .loggers import Logger
+
+PLAIN_SECONDS = 10.0  # between plain lines where the output is no terminal
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as 1:02:03, or 2:03 below an hour."""
+    whole = int(seconds)
+    hours = whole // 3600
+    minutes = whole % 3600 // 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def count(n: float) -> str:
+    """Return a large number in short form: 1.23 M."""
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.3g}"
+
+
+def make_console() -> Console:
+    """Return a command's console, wide enough for complete lines if the output is not a
+    terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=400)
+
+
+class Reporter:
+    """Progress of one run. Use it as a context; `note` works outside of it, too."""
+
+    def __init__(self, console: Console | None = None, brief: bool = False):
+        self.console = console or Console()
+        self.log_path: Path | None = None
+        self._unlogged: list[str] = []  # said before there was a log
+        self.brief = brief  # notes go to the log alone: one of many runs
+        self.loggers: list[Logger] = []
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_plain = 0.0
+
+    def __enter__(self) -> Reporter:
+        if self.console.is_terminal:
+            text = TextColumn("{task.description}", markup=False)
+            self._progress = Progress(
+                BarColumn(bar_width=16), text, console=self.console, transient=True
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("starting", total=1.0)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = self._task = None
+
+    def note(self, text: str) -> None:
+        """Print a line that stays, and log it."""
+        if not self.brief:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.log(text)
+
+    def log_to(self, path: Path | None) -> None:
+        """Log to this file, starting with the notes since the last file was closed with None."""
+        self.log_path = path
+        if path is not None:
+            waiting = self._unlogged
+            self._unlogged = []
+            for text in waiting:
+                self.log(text)
+
+    def log(self, text: str) -> None:
+        """Append a line to the log file."""
+        if self.log_path is None:
+            self._unlogged.append(text)
+        elif self.log_path.parent.is_dir():
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def preparing(self, what: str, done: int) -> None:
+        """Show that data is being prepared; `done` counts documents or messages."""
+        self._show(f"{what}: {done}" if done else f"{what} ...", "", 0.0)
+
+    def step(
+        self, row: Mapping[str, float], progress: float, left: float, memory_mb: float
+    ) -> None:
+        """Show an optimizer step and pass it to the trackers.
+
+        Args:
+            progress: in [0, 1].
+            left: remaining seconds of training.
+        """
+        self._to_loggers("train", row)
+        self._show(
+            f"step {row['step']} · {count(row['tokens'])} tokens · loss {row['loss']:.3f}"
+            f" · bpb {row['bpb']:.3f} · lr {row['lr']:.2e}",
+            f"{row['tokens_per_second']:,.0f} tokens/s · {duration(left)} left · {memory_mb:,.0f} "
+            "MB",
+            progress,
+        )
+
+    def show(self, line: str, progress: float) -> None:
+        """Show progress of work other than training."""
+        self._show(line, "", progress)
+
+    def _show(self, first: str, second: str, progress: float) -> None:
+        """Show two short lines next to the bar; if the output is no terminal, a plain line now and
+        then."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=f"{first}\n{second}", completed=progress)
+        elif time.monotonic() - self._last_plain >= PLAIN_SECONDS:
+            self._last_plain = time.monotonic()
+            share = f"{progress:4.0%} " if progress else ""
+            text = " · ".join(part for part in (first, second) if part)
+            self.console.print(share + text, markup=False, highlight=False, soft_wrap=True)
+
+    def _to_loggers(self, kind: str, row: Mapping[str, float]) -> None:
+        """Pass a row to the trackers. A failing tracker is logged and dropped; the run
+        continues."""
+        for logger in list(self.loggers):
+            try:
+                logger.row(kind, row)
+            except Exception as e:  # each tracker has errors of its own
+                self.loggers.remove(logger)
+                self.note(
+                    f"{logger.where}: it failed ({first_line(e)}); the run goes on without it"
+                )
+
+    def close_loggers(self) -> None:
+        """Close the trackers. A failing tracker is logged."""
+        while self.loggers:
+            logger = self.loggers.pop()
+            try:
+                logger.close()
+            except Exception as e:  # each tracker has errors of its own
+                self.note(f"{logger.where}: closing it failed ({first_line(e)})")
+
+    def validated(self, row: Mapping[str, float], sample: str) -> None:
+        """Print the result of a validation and pass it to the trackers."""
+        self._to_loggers("validate", row)
+        self.note(
+            f"validation at {count(row['tokens'])} tokens: loss {row['loss']:.4f}, bpb "
+            f"{row['bpb']:.4f}, "
+            f"accuracy {row['accuracy']:.2%}"
+        )
+        if sample:
+            self.note(f"  sample: {sample!r}")

@@ -1,0 +1,475 @@
+"""A run from request to summary: its job, size, control, folder, provenance and training.
+
+One module, because the steps share the job, the config and the folder, in this order.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..api import Batch
+from ..data.packing import mixtures
+from ..data.prepare import Prepared, prepare
+from ..devices import Precision, describe_device, pick_device, pick_precision
+from ..discover import Experiment, find, find_baseline, load
+from ..errors import LmplayError, first_line
+from ..files import write_text
+from ..model import autocast, to_batch
+from ..plan import Plan, find_plan, load_plan
+from . import loggers, warm_start
+from .loop import Options, Start, Stopped, Trainer
+from .match import Match, Size, compare_sizes, match, measure
+from .progress import Reporter
+from .restore import Restored, locate, restore
+from .run_folder import (
+    RUN_FILE,
+    RunFolder,
+    folder_name,
+    git_state,
+    identity,
+    make_out,
+    source_digest,
+)
+
+MAX_MEASURED = 4  # sequences with which a model's cost is measured
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is executed, besides plan and experiment."""
+
+    out: Path = Path("gpt_out")
+    seed: int | None = None  # default: the plan's
+    tokens: int | None = None  # budgets instead of the plan's
+    steps: int | None = None
+    minutes: float | None = None
+    mini_batch_size: int | None = None  # default: the fastest is searched
+    compile_model: bool = False
+    save_minutes: float = 5.0
+    fresh: bool = False  # move an existing run aside
+    no_dirty: bool = False  # refuse to run with uncommitted changes
+    initial_model: Path | None = None
+    freeze: tuple[str, ...] = ()
+    train_only: tuple[str, ...] = ()
+    log: str | None = None  # name of a tracker
+    command: tuple[str, ...] = ()  # for run.json
+    memory: str = ""  # result of devices.tune_memory
+
+
+@dataclass(frozen=True)
+class Job:
+    """One experiment on one plan: all that a run needs but the data."""
+
+    experiment: Experiment
+    overrides: dict[str, str]
+    plan_name: str
+    plan: Plan  # with the budgets of the options
+    device: torch.device
+    precision: Precision
+    reporter: Reporter
+    options: RunOptions = field(default_factory=RunOptions)
+
+    @property
+    def seed(self) -> int:
+        return self.plan.seed if self.options.seed is None else self.options.seed
+
+
+def make_job(
+    exp: str,
+    training_plan: str | None,
+    overrides: Mapping[str, str],
+    device: str,
+    amp: bool,
+    options: RunOptions,
+    reporter: Reporter,
+) -> Job:
+    """Return the job for names as a user gives them.
+
+    Raises:
+        LmplayError: a name is unknown, or this machine does not have the device.
+    """
+    experiment = load(*find(exp))
+    torch_device = pick_device(device)
+    precision = pick_precision(torch_device, amp)
+    if precision.note:
+        reporter.note(precision.note)
+    name = training_plan or default_plan(torch_device, reporter)
+    path = find_plan(name)
+    plan = load_plan(path).with_budget(options.tokens, options.steps, options.minutes)
+    return Job(
+        experiment,
+        dict(overrides),
+        path.stem,
+        plan,
+        torch_device,
+        precision,
+        reporter,
+        options,
+    )
+
+
+def default_plan(device: torch.device, reporter: Reporter) -> str:
+    """Return the plan that suits the device, and note the choice."""
+    large = device.type == "cuda"
+    name = "default" if large else "laptop"
+    reason = "a CUDA card is used; its texts come from the hub" if large else "no CUDA card is used"
+    reporter.note(f"training plan: {name} ({reason}; --training-plan list shows the others)")
+    return name
+
+
+def sized_config(job: Job, vocab: int) -> Any:
+    """Return the experiment's Config at the plan's sizes."""
+    config, unused = job.experiment.config({**job.plan.sizes(), "vocab_size": vocab}, job.overrides)
+    if unused:
+        names = ", ".join(unused)
+        job.reporter.note(f"{job.experiment.variant} has no {names}: the plan's is not used")
+    return config
+
+
+def sample_batch(job: Job, config: Any, prepared: Prepared) -> tuple[Batch, int]:
+    """Return real sequences to measure a model's cost, and the passes of an optimizer step.
+
+    The batch is as large as the requested mini-batch (default 1), because sequences of a mini-batch
+    may share work. It has at most MAX_MEASURED sequences, to need no more memory than training.
+    """
+    batch_size = job.plan.batch.batch_size
+    size = min(job.options.mini_batch_size or 1, MAX_MEASURED, batch_size)
+    arrays = mixtures(job.plan, prepared, config.max_len)[0].batch(0, size)
+    return to_batch(arrays, slice(None), job.device), math.ceil(batch_size / size)
+
+
+def baseline_job(job: Job) -> Job:
+    """Return the job of the baseline on the same plan.
+
+    Raises:
+        LmplayError: there is no such experiment.
+    """
+    return replace(job, experiment=load(*find_baseline(job.experiment.source)), overrides={})
+
+
+def run_folder(job: Job, settings: dict[str, str]) -> RunFolder:
+    """Return the job's folder. Its name contains settings, budgets and the warm start."""
+    options = job.options
+    extras = []
+    if options.tokens:
+        extras.append(f"{options.tokens}tokens")
+    if options.steps:
+        extras.append(f"{options.steps}steps")
+    if options.minutes:
+        extras.append(f"{options.minutes:g}min")
+    if job.precision.name != "fp32":
+        extras.append(job.precision.name)
+    if options.initial_model:
+        extras.append(f"from={options.initial_model.resolve().name}")
+    extras += [f"freeze={p}" for p in options.freeze]
+    extras += [f"train_only={p}" for p in options.train_only]
+    name = folder_name(job.experiment.variant, settings, extras, job.seed)
+    return RunFolder(options.out / job.plan_name / name)
+
+
+def recorded(folder: RunFolder) -> dict[str, Any]:
+    """Return the folder's run.json, or {} if there is none."""
+    return folder.read() if (folder.path / RUN_FILE).exists() else {}
+
+
+def matched(job: Job, config: Any, what: str, prepared: Prepared) -> tuple[Job, Any, Match]:
+    """Return the job of the baseline at the experiment's size, its Config, and the match.
+
+    An existing run keeps the size it started with while the code of both is the same.
+
+    Raises:
+        LmplayError: the experiment is the baseline.
+    """
+    source = job.experiment.source
+    if job.experiment.variant == source.baseline:
+        raise LmplayError(
+            f"--match: {source.baseline} is its own baseline; --exp names what it is matched to"
+        )
+    overrides = [f"{k}={v}" for k, v in sorted(job.overrides.items())]
+    to = "-".join([job.experiment.variant, *overrides])
+    plain = baseline_job(job)
+    is_new = job.options.fresh
+    known = {} if is_new else recorded(run_folder(plain, {f"match_{what}": to}))
+    files = dict.fromkeys([source.path, plain.experiment.source.path])
+    digest = "-".join(source_digest(path) for path in files)
+    if "match" in known and known["match"].get("of") == digest:
+        found = Match(**known["match"])
+    else:
+        job.reporter.note(f"looking for the size of {source.baseline} that matches {to} ...")
+        wanted = size_of(job, config, prepared)
+        base_config = sized_config(plain, prepared.tokenizer.vocab_size)
+        found = match(wanted, to, plain.experiment, base_config, what, job.device)
+        found = replace(found, of=digest)
+    job.reporter.note(found.sentence())
+    chosen = replace(plain, overrides={found.field: str(found.value)})
+    return chosen, sized_config(chosen, prepared.tokenizer.vocab_size), found
+
+
+def prepare_run(job: Job, match_by: str | None = None) -> PreparedRun:
+    """Prepare the job's data and return its run.
+
+    Args:
+        match_by: "params" or "flops": train the baseline at the experiment's size instead.
+
+    Raises:
+        LmplayError: the data cannot be prepared, or a setting does not fit.
+    """
+    with job.reporter:
+        prepared = prepare(job.plan, job.reporter.preparing)
+    config = sized_config(job, prepared.tokenizer.vocab_size)
+    control = None
+    if match_by:
+        job, config, control = matched(job, config, match_by, prepared)
+    return PreparedRun(job, config, prepared, control)
+
+
+class PreparedRun:
+    """A job with its data: its folder, and the trainer that fills it.
+
+    Raises:
+        LmplayError: the tree has uncommitted changes although the options refuse them, or a pattern
+            matches no parameter.
+    """
+
+    def __init__(self, job: Job, config: Any, prepared: Prepared, match: Match | None = None):
+        self.job = job
+        self.config = config
+        self.prepared = prepared
+        self.match = match
+        options = job.options
+        self.commit, self.diff = git_state(Path.cwd())
+        if options.no_dirty and self.commit is None:
+            raise LmplayError("--no-dirty: there is no git commit to compare the tree with")
+        if options.no_dirty and self.diff:
+            raise LmplayError(
+                "--no-dirty: the tree has uncommitted changes (git status shows them); commit or "
+                "stash them"
+            )
+        self.runner = job.experiment.runner(config)
+        self.freezes = bool(options.freeze or options.train_only)
+        if self.freezes:
+            with torch.device("meta"):  # report a wrong pattern before there is a folder
+                warm_start.freeze(self.runner.build(), options.freeze, options.train_only)
+        settings = {f"match_{match.what}": match.to} if match else job.overrides
+        self.folder = run_folder(job, settings)
+        self.identity = identity(
+            job.plan,
+            job.experiment,
+            config,
+            job.seed,
+            job.precision.name,
+            prepared.tokenizer.fingerprint,
+            prepared.fingerprint,
+        )
+        if self.freezes:
+            self.identity["frozen"] = [list(options.freeze), list(options.train_only)]
+        self.initial = self._initial()
+
+    def _initial(self) -> Restored | None:
+        """Return the run to start from; None if there is none, or if this run has already begun.
+
+        The other run may have trained on since this run began.
+        """
+        options = self.job.options
+        if options.initial_model is None:
+            return None
+        known = {} if options.fresh else recorded(self.folder)
+        same = known.get("initial_model") == str(options.initial_model.resolve())
+        if same and any(self.folder.checkpoints.glob("[0-9]*")):
+            self.identity["initial"] = known["identity"]["initial"]
+            return None
+        note = self.job.reporter.note
+        source = restore(*locate(options.initial_model, options.out, note, "--initial-model"))
+        warm_start.check_tokenizer(source, self.prepared.tokenizer.fingerprint)
+        self.identity["initial"] = source.found.fingerprint
+        return source
+
+    def trainer(self) -> Trainer:
+        job = self.job
+        return Trainer(
+            job.plan,
+            self.prepared,
+            self.runner,
+            job.seed,
+            job.device,
+            job.precision,
+            self.folder,
+            job.reporter,
+            Options(job.options.compile_model, job.options.save_minutes),
+            Start(self.initial, job.options.freeze, job.options.train_only),
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Train or resume the run; return its summary, at once if it is finished.
+
+        Raises:
+            Stopped: a signal asked for it. Everything is saved.
+            LmplayError: the folder belongs to another run, or cannot be written.
+        """
+        reporter = self.job.reporter
+        options = self.job.options
+        folder = self.folder
+        if options.log:
+            loggers.check(options.log)
+        is_new = options.fresh or not recorded(folder)
+        # Measured before there is a folder, or memory is used.
+        size = self._measure_sizes() if is_new else {}
+        make_out(options.out)
+        try:
+            exists = folder.open(self.identity, options.fresh)
+            reporter.log_to(folder.path / "log.txt")
+            known = folder.read() if exists else {}
+            if known.get("summary"):
+                reporter.note(f"{folder.path} is finished; --fresh trains it again")
+                return known["summary"]
+            with reporter:
+                try:
+                    trainer = self._begin(known, size)
+                    self._open_logger(trainer.state.step)
+                    folder.update(**trainer.set_up(options.mini_batch_size, known))
+                    summary = trainer.train()
+                except Stopped as e:
+                    reporter.note(
+                        f"{e}; saved at step {trainer.state.step}. The same command continues it."
+                    )
+                    raise
+            folder.update(summary=summary)
+            reporter.note(f"finished: {folder.path}")
+            return summary
+        finally:
+            reporter.close_loggers()
+            reporter.log_to(None)
+            folder.close()
+
+    def _open_logger(self, step: int) -> None:
+        """Open the requested tracker. The run keeps one identity in it when it is resumed."""
+        reporter = self.job.reporter
+        name = self.job.options.log
+        if name is None:
+            return
+        record = self.folder.read()
+        if "log_id" not in record:
+            self.folder.update(log_id=uuid.uuid4().hex[:12])
+            record = self.folder.read()
+        config = {k: v for k, v in record["identity"].items() if k != "config"}
+        config |= record["identity"]["config"]
+        plan = self.job.plan_name
+        path = self.folder.path
+        try:
+            logger = loggers.open_logger(name, path, plan, record["log_id"], config, step)
+        except Exception as e:  # each tracker raises types of its own
+            raise LmplayError(f"--log {name}: it could not begin: {first_line(e)}") from e
+        reporter.loggers.append(logger)
+        reporter.note(f"logged to {logger.where}")
+
+    def _begin(self, known: dict[str, Any], size: dict[str, Any]) -> Trainer:
+        """Return the trainer at the run's current state; fill the folder of a new run.
+
+        Args:
+            known: run.json of an existing run.
+            size: the model's costs, for run.json of a new run.
+        """
+        job = self.job
+        reporter = job.reporter
+        where = f"seed {job.seed}, {describe_device(job.device)}, {job.precision.name}"
+        reporter.note(f"{job.experiment.variant} on {job.plan_name}, {where}")
+        notes = self.runner.notes(job.device)
+        for line in notes:
+            reporter.note(line)
+        trainer = self.trainer()
+        if not known:
+            content = {"identity": self.identity, **self._provenance(notes), **size}
+            if self.diff:  # before run.json, which mentions it
+                write_text(self.folder.path / "uncommitted.diff", self.diff)
+            self.folder.create(content, job.experiment, self.prepared.tokenizer)
+        elif known.get("threads") != torch.get_num_threads():
+            reporter.note(
+                f"this run began with {known.get('threads')} threads: rounding will differ"
+            )
+        if known and known.get("compiled") != job.options.compile_model:
+            how = "compiled" if known.get("compiled") else "without --compile-model"
+            reporter.note(f"this run began {how}")
+        if trainer.resume():
+            state = trainer.state
+            reporter.note(
+                f"resuming {self.folder.path} at step {state.step}, {state.tokens} tokens"
+            )
+        self.initial = None  # frees its memory
+        return trainer
+
+    def _provenance(self, notes: list[str]) -> dict[str, Any]:
+        """Return what run.json says about the origin of a run."""
+        job = self.job
+        content: dict[str, Any] = {
+            "plan_name": job.plan_name,
+            "plan": job.plan.model_dump(mode="json", by_alias=True),
+            "baseline": job.experiment.source.baseline,
+            "idea": job.experiment.source.idea,
+            "overrides": job.overrides,
+            "command": list(job.options.command),
+            "device": describe_device(job.device),
+            "memory": job.options.memory,
+            "versions": {
+                "lmplay": __version__,
+                "torch": torch.__version__,
+                "python": sys.version.split()[0],
+            },
+            "threads": torch.get_num_threads(),
+            "compiled": job.options.compile_model,
+            "notes": notes,
+            "git": {"commit": self.commit, "dirty": bool(self.diff)},
+        }
+        if self.match is not None:
+            content["match"] = asdict(self.match)
+        if self.initial is not None and job.options.initial_model is not None:
+            content["initial_model"] = str(job.options.initial_model.resolve())
+        label = self._label()
+        if label != job.experiment.variant:
+            content["label"] = label
+        return content
+
+    def _label(self) -> str:
+        """Return the run's name in comparisons: more than the variant if more differs."""
+        options = self.job.options
+        label = self.job.experiment.variant
+        if self.match is not None:
+            label += f", {self.match.what} of {self.match.to}"
+        if self.initial is not None:
+            label += f", from {self.initial.experiment.variant}"
+        if options.freeze:
+            label += f", without {' '.join(options.freeze)}"
+        if options.train_only:
+            label += f", only {' '.join(options.train_only)}"
+        return label
+
+    def _measure_sizes(self) -> dict[str, Any]:
+        """Return the model's costs for run.json; print them next to the baseline's."""
+        job = self.job
+        own = size_of(job, self.config, self.prepared)
+        try:
+            if job.experiment.variant != job.experiment.source.baseline:
+                base = baseline_job(job)
+                base_config = sized_config(base, self.prepared.tokenizer.vocab_size)
+                base_size = size_of(base, base_config, self.prepared)
+                baseline = job.experiment.source.baseline
+                job.reporter.note(compare_sizes(own, base_size, baseline))
+        except LmplayError as e:
+            job.reporter.note(f"not compared with its baseline: {e}")
+        except torch.OutOfMemoryError:
+            job.reporter.note("not compared with its baseline: it does not fit into memory")
+        return {"sizes": asdict(own)}
+
+
+def size_of(job: Job, config: Any, prepared: Prepared) -> Size:
+    """Return what the job's model costs."""
+    with autocast(job.device, job.precision):
+        return measure(job.experiment.runner(config), *sample_batch(job, config, prepared))

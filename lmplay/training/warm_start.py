@@ -1,0 +1,89 @@
+"""Start from a trained run's weights, and freeze parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatch
+
+import torch
+from torch import nn
+
+from ..api import ModelRunner
+from ..errors import LmplayError, did_you_mean
+from .checkpoint import model_tensors
+from .restore import Restored
+
+
+def check_tokenizer(source: Restored, fingerprint: str) -> None:
+    """Check that a run's tokens mean the same texts as those of the tokenizer `fingerprint`.
+
+    Raises:
+        LmplayError: they do not.
+    """
+    if source.tokenizer.fingerprint != fingerprint:
+        raise LmplayError(
+            f"--initial-model {source.run.path}: it was trained with another tokenizer, and its "
+            "tokens are other texts: use the plan it was trained on, or one with its tokenizer"
+        )
+
+
+def warm_start(
+    runner: ModelRunner, model: nn.Module, source: Restored, log: Callable[[str], None]
+) -> None:
+    """Copy a trained run's weights into the model, and log which were not used.
+
+    Tensors with equal name and shape are copied. The runner may use the others
+    (:meth:`ModelRunner.warm_start`).
+
+    Raises:
+        LmplayError: none of the run's weights fits.
+    """
+    where = source.run.path
+    given = model_tensors(source.model)
+    own = model_tensors(model)
+    fits = {name for name, t in given.items() if name in own and own[name].shape == t.shape}
+    with torch.no_grad():
+        for name in fits:
+            own[name].copy_(given[name])
+    rest = {name: t for name, t in given.items() if name not in fits}
+    versions = {name: t._version for name, t in own.items()}
+    used = runner.warm_start(model, rest, log) if rest else set()
+    written = {name for name, t in own.items() if t._version != versions[name]}
+    if not fits and not used:
+        raise LmplayError(f"--initial-model {where}: none of its weights fits this model")
+    count = len(fits) + len(used)
+    log(f"from {where}, step {source.found.step}: {count} of {len(given)} tensors")
+    for title, names in (("not loaded", set(rest) - used), ("new here", set(own) - fits - written)):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            log(f"{title}: {', '.join(sorted(names)[:8])}{more}")
+
+
+def freeze(model: nn.Module, frozen: tuple[str, ...], train_only: tuple[str, ...]) -> list[str]:
+    """Freeze the parameters that match a pattern of `frozen`, or none of `train_only`.
+
+    Parameters that the experiment itself does not train stay frozen.
+
+    Returns:
+        The names of the parameters that were frozen here.
+
+    Raises:
+        LmplayError: a pattern matches no parameter, or no parameter is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for option, patterns in (("--freeze", frozen), ("--train-only", train_only)):
+        for pattern in patterns:
+            if not any(fnmatch(name, pattern) for name in names):
+                hint = did_you_mean(pattern, names)
+                raise LmplayError(f"{option} {pattern}: no parameter has such a name{hint}")
+
+    def trains(name: str) -> bool:
+        chosen = not train_only or any(fnmatch(name, p) for p in train_only)
+        return chosen and not any(fnmatch(name, p) for p in frozen)
+
+    newly_frozen = [n for n, p in model.named_parameters() if p.requires_grad and not trains(n)]
+    for name in newly_frozen:
+        model.get_parameter(name).requires_grad_(False)
+    if newly_frozen and not any(p.requires_grad for p in model.parameters()):
+        raise LmplayError("--freeze, --train-only: nothing is left to train")
+    return newly_frozen

@@ -1,0 +1,131 @@
+"""What a trial asks for, what it fixes before its first run, and the runs it consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .statistics import LEVEL, looks
+
+CONTROLS = ("params", "flops", "seconds")
+
+
+@dataclass(frozen=True)
+class Design:
+    """A trial as a user asks for it. Run it with :class:`lmplay.Trial`.
+
+    exp: names of the ideas, or of files.
+    against: the baseline; None: the first idea's own.
+    training_plan: name or file of the plan.
+    tokens: budget instead of the plan's.
+    max_pairs: pairs at most per idea.
+    smallest_effect: nats per token; smaller effects are WITHIN NOISE.
+    level: how often a REAL or HARMFUL may be wrong.
+    tuned: choose each arm's learning rate first.
+    controls: baselines of equal "params", "flops" or "seconds" that a REAL must beat as well.
+    sizes: widths of the model, as multiples of the plan's; empty: the plan's only.
+    mini_batch_size: sequences in a forward pass.
+    """
+
+    exp: tuple[str, ...]
+    against: str | None = None
+    training_plan: str = "laptop"
+    tokens: int | None = None
+    max_pairs: int = 20
+    smallest_effect: float = 0.005
+    level: float = LEVEL
+    tuned: bool = True
+    controls: tuple[str, ...] = ()
+    sizes: tuple[float, ...] = ()
+    mini_batch_size: int = 4
+    device: str = "auto"
+    amp: bool = False
+
+
+@dataclass(frozen=True)
+class FixedDesign:
+    """What is written down before the first run and must not change.
+
+    The end point of a run is the mean loss of its last `last` validations.
+
+    against, arms: variants. data: fingerprint of the tokens. sources: digest of each arm's file.
+    """
+
+    plan: str
+    plan_fingerprint: str
+    against: str
+    arms: tuple[str, ...]
+    level: float
+    max_pairs: int
+    smallest_effect: float
+    tuned: bool
+    controls: tuple[str, ...]
+    tokens: int
+    precision: str
+    device: str
+    data: str
+    sources: dict[str, str]
+    last: int = 3
+
+    @property
+    def looks(self) -> list[int]:
+        """Numbers of pairs after which the test is made."""
+        return looks(self.max_pairs, self.level, len(self.arms))
+
+    @property
+    def every_arm(self) -> tuple[str, ...]:
+        """The baseline and the arms."""
+        return (self.against, *self.arms)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run of a trial.
+
+    role: "lr" (choosing a learning rate), "pair" or "control".
+    lr_multiplier: of the plan's learning rates.
+    share: of the budget.
+    match, of: a control equals arm `of` in `match` ("params", "flops" or "seconds").
+    """
+
+    role: str
+    arm: str
+    seed: int
+    lr_multiplier: float = 1.0
+    share: float = 1.0
+    match: str = ""
+    of: str = ""
+
+    @property
+    def key(self) -> str:
+        parts = [self.role, self.arm, f"s{self.seed}"]
+        parts += [f"lr{self.lr_multiplier:g}", f"x{self.share:.6g}"]
+        return " ".join([*parts, self.match, self.of]).strip()
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Unit:
+        """Return the unit from its stored fields; version 0.2 stored another name."""
+        names = {"factor": "lr_multiplier"}
+        return cls(**{names.get(key, key): value for key, value in fields.items()})
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with.
+
+    loss (nats per token) and bpb are end points, infinite if the run diverged. tokens and losses
+    are its validation curve.
+    """
+
+    loss: float
+    bpb: float
+    tokens: list[float]
+    losses: list[float]
+    seconds: float
+    flops: float
+    folder: str
+
+
+Results = Mapping[str, Result]
+"""Results by :attr:`Unit.key`."""

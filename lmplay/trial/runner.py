@@ -1,0 +1,422 @@
+"""Run a trial: resolve its design, work through its queue, and report.
+
+python -m lmplay.trial.runner JSON      # how a trial starts its helpers
+
+One module, because starting, resuming and reporting follow one written design.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..analysis.compare import TRIALS
+from ..data.prepare import prepare
+from ..devices import pick_device, pick_precision, tune_memory
+from ..discover import find, find_baseline, load
+from ..errors import BusyError, LmplayError, NotFiniteError
+from ..files import write_json
+from ..plan import Plan, find_plan, load_plan
+from ..training.curves import read_curve
+from ..training.loop import Stopped
+from ..training.progress import Reporter
+from ..training.run import Job, PreparedRun, RunOptions, matched, sized_config
+from ..training.run_folder import make_out, source_digest
+from .design import CONTROLS, Design, FixedDesign, Result, Unit
+from .queue import Queue, open_storage
+from .state import TrialState, over_sizes
+from .statistics import MOST_PAIRS, fewest
+
+WAIT = 1.0  # seconds between two looks at a queue in which nothing waits
+
+
+@dataclass(frozen=True)
+class Part:
+    """A trial at one size of the model."""
+
+    queue: Queue
+    design: FixedDesign
+    jobs: dict[str, Job]
+    folder: Path
+
+    def state(self) -> TrialState:
+        return TrialState(self.design, self.queue.results())
+
+
+class Trial:
+    """A trial of one or several ideas against a baseline.
+
+    Args:
+        design: what to judge, and how.
+        out: the folder for runs and trials.
+        name: the trial's name. Default: made of the plan and the ideas.
+        storage: where the work is shared: a journal file, redis:// or a database's URL. Default: a
+            journal in the trial's folder.
+        workers: processes on this machine.
+        create: whether the trial may be new.
+        log: prints a line.
+        command: for the runs' records.
+
+    Raises:
+        LmplayError: a name is unknown, values do not fit together, or the trial has begun with
+            another design.
+    """
+
+    def __init__(
+        self,
+        design: Design,
+        *,
+        out: Path | str = "gpt_out",
+        name: str | None = None,
+        storage: str | None = None,
+        workers: int = 1,
+        create: bool = True,
+        log: Callable[[str], None] = print,
+        command: tuple[str, ...] = (),
+    ):
+        self.design = design
+        self.out = Path(out)
+        self.name = name
+        self.storage = storage
+        self.workers = workers
+        self.log = log
+        self.command = command
+        self.memory = tune_memory()
+        self.threads = max(1, torch.get_num_threads() // workers)
+        check(design, workers)
+        torch.set_num_threads(self.threads)
+        if create:
+            make_out(self.out)
+        self.parts = [self._part(size, create) for size in design.sizes or (1.0,)]
+        widths = [next(iter(part.jobs.values())).plan.model.embed_dim for part in self.parts]
+        if len(set(widths)) < len(widths):
+            sizes = ",".join(f"{s:g}" for s in design.sizes)
+            raise LmplayError(f"--sizes {sizes}: two of them have the same width: {widths}")
+
+    def _part(self, size: float, create: bool) -> Part:
+        jobs, fixed = resolve(self.design, size, self.out, self.command, self.memory)
+        name = self._name_of(fixed)
+        name += f"-x{size:g}" if self.design.sizes else ""
+        folder = self.out / "trials" / name
+        journal = folder / "journal.log"
+        if not create and not self.storage and not journal.exists():
+            raise LmplayError(f"there is no trial {name} in {self.out}; --name says which")
+        queue = Queue(open_storage(self.storage or str(journal)), name, fixed, create=create)
+        return Part(queue, fixed, jobs, folder)
+
+    def _name_of(self, fixed: FixedDesign) -> str:
+        return self.name or "-".join([fixed.plan, *fixed.arms, "against", fixed.against])
+
+    def run(self) -> dict[str, Any]:
+        """Run what the verdict needs, with helpers, and return the report.
+
+        With several sizes the report holds `sizes` (a report each) and `fits`.
+
+        Raises:
+            Stopped: a signal asked for it; the same call continues.
+            LmplayError: a run fails.
+        """
+        for part in self.parts:
+            write_json(part.folder / "design.json", part.queue.study.user_attrs["design"])
+        least = fewest(self.design.level, len(self.design.exp), spent=1.0)
+        if self.design.max_pairs < least:
+            self.log(f"fewer than {least} pairs cannot show that anything is REAL: --max-seeds")
+        helpers = [self._start_helper() for _ in range(1, self.workers)]
+        finished = False
+        try:
+            for part in self.parts:
+                work(part, self.log)
+            finished = True
+        finally:
+            for helper in helpers:
+                if not finished:
+                    helper.terminate()
+                if helper.wait() and finished:
+                    self.log(f"a worker ended with status {helper.returncode}")
+        return self._report()
+
+    def _start_helper(self) -> subprocess.Popen[bytes]:
+        """Start another worker on this machine, alone and without output."""
+        arguments = {
+            "design": asdict(self.design),
+            "out": str(self.out),
+            "name": self.name,
+            "storage": self.storage,
+            "command": self.command,
+        }
+        command = [sys.executable, "-m", "lmplay.trial.runner", json.dumps(arguments)]
+        env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
+
+    def _report(self) -> dict[str, Any]:
+        """Write the reports and return them."""
+        reports = []
+        for part in self.parts:
+            reports.append(part.state().report())
+            write_json(part.folder / "trial.json", reports[-1])
+        if not self.design.sizes:
+            return reports[0]
+        fits = over_sizes(reports)
+        folder = self.out / "trials" / self._name_of(self.parts[0].design)
+        write_json(folder / "sizes.json", {"sizes": self.design.sizes, "fits": fits})
+        return {"sizes": reports, "fits": fits}
+
+
+def check(design: Design, workers: int) -> None:
+    """Check what needs no data.
+
+    Raises:
+        LmplayError: a value is out of range, or values do not fit together.
+    """
+    for control in design.controls:
+        if control not in CONTROLS:
+            known = ", ".join(CONTROLS)
+            raise LmplayError(f"--controls {control}: there is no such control (there is: {known})")
+    if "seconds" in design.controls and workers > 1:
+        raise LmplayError("--controls seconds: workers slow each other down; it needs --workers 1")
+    if design.max_pairs > MOST_PAIRS:
+        raise LmplayError(
+            f"--max-seeds {design.max_pairs}: {MOST_PAIRS} at most, because trying all signs of "
+            "more takes gigabytes"
+        )
+    if not 0 < design.level < 0.5 or design.smallest_effect <= 0:
+        raise LmplayError("--level must be in (0, 0.5), --smallest-effect above 0")
+
+
+def resolve(
+    design: Design, size: float, out: Path, command: tuple[str, ...], memory: str
+) -> tuple[dict[str, Job], FixedDesign]:
+    """Return the job of each arm and the baseline, and the design that the trial fixes.
+
+    Args:
+        size: multiple of the plan's width.
+
+    Raises:
+        LmplayError: a name is unknown, an idea is its own baseline, or the plan has several stages
+            or a budget in time.
+    """
+    device = pick_device(design.device)
+    precision = pick_precision(device, design.amp)
+    path = find_plan(design.training_plan)
+    plan = load_plan(path).with_budget(design.tokens, None, None)
+    stage = plan.steps[0]
+    if len(plan.steps) > 1 or stage.minutes or not (stage.tokens or stage.steps):
+        raise LmplayError(
+            f"{path}: a trial needs a plan of one step with a budget in tokens or steps; --tokens "
+            "gives one"
+        )
+    if size != 1:
+        plan = resized(plan, size, path)
+    experiments = [load(*find(name)) for name in design.exp]
+    baseline = find(design.against) if design.against else find_baseline(experiments[0].source)
+    against = load(*baseline)
+    names = [e.variant for e in experiments]
+    if against.variant in names or len(set(names)) < len(names):
+        listed = ", ".join(names)
+        raise LmplayError(f"--exp {listed} against {against.variant}: each arm must be another one")
+    for e in experiments:
+        if {"params", "flops"} & set(design.controls) and e.source.baseline != against.variant:
+            raise LmplayError(
+                f"--controls: {e.variant} is matched with its own baseline, {e.source.baseline}, "
+                f"not {against.variant}"
+            )
+    per_step = plan.batch.batch_size * (plan.model.max_len or 0)
+    tokens = stage.tokens or (stage.steps or 0) * per_step
+    plan = with_validations(plan, tokens)
+    options = RunOptions(
+        out=out, mini_batch_size=design.mini_batch_size, command=command, memory=memory
+    )
+    reporter = Reporter(brief=True)
+    arms = (against, *experiments)
+    jobs = {
+        e.variant: Job(e, {}, path.stem, plan, device, precision, reporter, options) for e in arms
+    }
+    with reporter:
+        prepared = prepare(plan, reporter.preparing)
+    fixed = FixedDesign(
+        plan=path.stem,
+        plan_fingerprint=plan.fingerprint,
+        against=against.variant,
+        arms=tuple(names),
+        level=design.level,
+        max_pairs=design.max_pairs,
+        smallest_effect=design.smallest_effect,
+        tuned=design.tuned,
+        controls=design.controls,
+        tokens=tokens,
+        precision=precision.name,
+        device=device.type,
+        data=prepared.fingerprint,
+        sources={e.variant: source_digest(e.source.path) for e in arms},
+    )
+    return jobs, fixed
+
+
+def with_validations(plan: Plan, tokens: int) -> Plan:
+    """Return the plan with at least 20 validations in `tokens`.
+
+    The end point, a mean of three validations, is then one of the schedule's end.
+    """
+    every = min(plan.validation.every_tokens, max(1, tokens // 20))
+    validation = plan.validation.model_copy(update={"every_tokens": every})
+    return plan.model_copy(update={"validation": validation})
+
+
+def resized(plan: Plan, size: float, path: Path) -> Plan:
+    """Return the plan with a model `size` times as wide, with as many heads of an even width.
+
+    Raises:
+        LmplayError: the plan does not set the width, or it would be 0.
+    """
+    if not plan.model.embed_dim or not plan.model.num_heads:
+        raise LmplayError(f"{path}: --sizes needs embed_dim and num_heads in the plan's model")
+    unit = 2 * plan.model.num_heads
+    width = round(plan.model.embed_dim * size / unit) * unit
+    if not width:
+        raise LmplayError(
+            f"--sizes {size:g}: {path} has a width of {plan.model.embed_dim} in heads of even width"
+        )
+    model = plan.model.model_copy(update={"embed_dim": width})
+    return plan.model_copy(update={"model": model})
+
+
+def work(part: Part, log: Callable[[str], None]) -> None:
+    """Claim and run units until the trial is over.
+
+    The report is written after every run, so that a page shows the progress.
+
+    Raises:
+        Stopped: a signal asked for it; the claimed unit is given up.
+    """
+    queue = part.queue
+    owner = f"{socket.gethostname()} {os.getpid()}"
+    while units := part.state().needed():
+        queue.offer(units)
+        claimed = queue.claim(owner)
+        if claimed is None:
+            for key in queue.reclaim_stale():
+                log(f"its owner has stopped: {key}")
+            time.sleep(WAIT)
+            continue
+        number, unit = claimed
+        log(f"{len(queue.results())} runs done; now {unit.key}")
+        try:
+            with queue.heartbeat(number):
+                result = run_unit(unit, part.design, part.jobs)
+        except BusyError:  # its former owner was given up, and is still alive
+            queue.give_up(number)
+            time.sleep(WAIT)
+            continue
+        except BaseException:
+            queue.give_up(number)
+            raise
+        queue.done(number, result)
+        write_json(part.folder / "trial.json", part.state().report())
+
+
+def run_unit(unit: Unit, design: FixedDesign, jobs: dict[str, Job]) -> Result:
+    """Train one run of a trial, or resume it, and return its end point.
+
+    A run that diverges ends at infinity.
+    """
+    matches_size = unit.match in ("params", "flops")
+    job = jobs[unit.of] if matches_size else jobs[unit.arm]
+    plan = scaled(job.plan, unit, design.tokens)
+    tokens = None if unit.share == 1 else plan.steps[0].tokens
+    options = replace(job.options, seed=unit.seed, tokens=tokens)
+    job = replace(job, plan=plan, plan_name=folder_of(unit, design), options=options)
+    with job.reporter:
+        prepared = prepare(plan, job.reporter.preparing)
+    config = sized_config(job, prepared.tokenizer.vocab_size)
+    control = None
+    if matches_size:
+        job, config, control = matched(job, config, unit.match, prepared)
+    run = PreparedRun(job, config, prepared, control)
+    if parts := run.folder.differs(run.identity):  # from before the idea was edited
+        # Not through the reporter, which is quiet: this run's record is about to move.
+        which = " and ".join(parts)
+        print(f"{run.folder.path} has another {which}: it is moved aside", file=sys.stderr)
+        job = replace(job, options=replace(job.options, fresh=True))
+        run = PreparedRun(job, config, prepared, control)
+    try:
+        run.train()
+    except NotFiniteError:
+        inf = float("inf")
+        return Result(inf, inf, [], [], 0.0, 0.0, str(run.folder.path))
+    curve = read_curve(run.folder.path / "validate.csv")
+    end = curve.tail(design.last).fillna(float("inf"))
+    last = curve.iloc[-1]
+    return Result(
+        loss=float(end["loss"].mean()),
+        bpb=float(end["bpb"].mean()),
+        tokens=[float(t) for t in curve["tokens"]],
+        losses=[float(x) for x in curve["loss"]],
+        seconds=float(last["seconds"]),
+        flops=float(last["flops"]),
+        folder=str(run.folder.path),
+    )
+
+
+def folder_of(unit: Unit, design: FixedDesign) -> str:
+    """Return the folder of a unit's run. Trials of one plan share their runs.
+
+    They do not share them across kinds of devices, nor runs whose seconds count with others.
+    """
+    name = f"{TRIALS}{design.plan}-{design.plan_fingerprint[:6]}"
+    name += "" if design.device == "cpu" else f"-{design.device}"
+    name += "-timed" if "seconds" in design.controls else ""
+    return name + ("" if unit.lr_multiplier == 1 else f"-lr{unit.lr_multiplier:g}")
+
+
+def scaled(plan: Plan, unit: Unit, tokens: int) -> Plan:
+    """Return the plan of a unit: its learning rates, its share of the budget, its data order."""
+    multiplier = unit.lr_multiplier
+    stage = plan.steps[0]
+    changes: dict[str, Any] = {
+        "optimizer": stage.optimizer.scaled(multiplier) if stage.optimizer else None,
+        "lr": stage.lr * multiplier if stage.lr else None,
+    }
+    if unit.share != 1:
+        budget = round(tokens * unit.share)
+        changes |= {"tokens": budget, "steps": None, "epochs": None}
+        every = {"every_tokens": max(1, budget // 20)}
+        plan = plan.model_copy(update={"validation": plan.validation.model_copy(update=every)})
+    return plan.model_copy(
+        update={
+            "optimizer": plan.optimizer.scaled(multiplier),
+            "steps": [stage.model_copy(update=changes)],
+            "seed": plan.seed + unit.seed,
+        }
+    )
+
+
+def main() -> int:
+    """Run a trial as a helper of another process."""
+    arguments = json.loads(sys.argv[1])
+    fields = arguments.pop("design")
+    lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+    arguments["command"] = tuple(arguments["command"])
+    try:
+        Trial(Design(**{**fields, **lists}), **arguments).run()
+    except Stopped as e:
+        return e.status
+    except KeyboardInterrupt:
+        return 130
+    except LmplayError as e:
+        print(f"trial helper: {e}", file=sys.stderr)
+        return e.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
