@@ -197,10 +197,7 @@ def work(name: str, arena: Arena, amp: bool, compile_model: bool) -> dict[str, A
     batches = [stream.batch(i, arena.batch) for i in range(arena.warm_up + arena.steps)]
 
     def step(i: int) -> None:
-        trainer.accumulate(batches[i])
-        trainer.optimizers.unscale_and_clip(plan.batch.grad_clip, trainer.loss_scale)
-        trainer.optimizers.step()
-        trainer.optimizers.zero_grad()
+        trainer.train_step(batches[i])
         if device.type == "cuda":
             torch.cuda.synchronize()
 

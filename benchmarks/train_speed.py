@@ -136,14 +136,8 @@ def work(name: str, size: Size) -> dict[str, Any]:
     precision = pick_precision(device, amp=True)
     batches, trainer = our_trainer(name, size, device, precision)
     if ours:
-        trainer.prepare(None, {"flops_per_token": 0.0})
-
-        def step(arrays: Arrays) -> None:
-            trainer.accumulate(arrays)
-            trainer.optimizers.unscale_and_clip(trainer.plan.batch.grad_clip, trainer.loss_scale)
-            trainer.optimizers.step()
-            trainer.optimizers.zero_grad()
-
+        trainer.set_up(None, {"flops_per_token": 0.0})
+        step = trainer.train_step
     else:
         del trainer
         step = peer_step(name, size, device, precision)

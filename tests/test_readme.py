@@ -1,7 +1,8 @@
-"""Every command of the README runs as printed, and a wheel works in an empty folder."""
+"""Every command and script of the README and docs runs, and a wheel works in an empty folder."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -15,12 +16,23 @@ import pytest
 from conftest import ROOT
 from forked import forked
 
+from lmplay.plan import parse_plan
+
 README = (ROOT / "README.md").read_text()
+DOCS = ("README.md", *(f"docs/{name}.md" for name in ("plans", "trials", "market", "export")))
+NOT_RUN = {  # by a test of commands; `make demo` and `make test` are what CI runs
+    "git clone REPOSITORY_URL lmplay && cd lmplay",
+    "make demo",
+    "make test",
+    "pip install -c constraints.txt -e '.[bundled]'",
+    "pip install -e '.[trial]'",
+}
+# Without a GPU: one clear line.
+NOT_HERE = {"lmp_trainer --amp --device cuda --exp ue8x": "no such device"}
 
 
 def fenced(text: str) -> list[tuple[str, list[str]]]:
-    """The README's code blocks: their language ("" for none) and their lines without
-    indentation."""
+    """Return the code blocks: their language ("" for none) and their lines without indentation."""
     blocks: list[tuple[str, list[str]]] = []
     inside = False
     for line in text.splitlines():
@@ -34,71 +46,156 @@ def fenced(text: str) -> list[tuple[str, list[str]]]:
     return blocks
 
 
-BLOCKS = fenced(README)
-SHELL = [lines for language, lines in BLOCKS if not language and not lines[0].startswith("lmplay/")]
-LINES = [line.strip() for lines in SHELL for line in lines if line.strip()]
-INSTALL = "pip install -c constraints.txt -e '.[bundled]'"
-COMMANDS = [line for line in LINES if line.startswith(("lmp_", "python "))]
+def shell_lines(doc: str) -> list[str]:
+    """Return the lines of a document's blocks without a language, except the file tree's."""
+    blocks = fenced((ROOT / doc).read_text())
+    shell = [lines for language, lines in blocks if not language]
+    return [
+        line.strip()
+        for lines in shell
+        if not lines[0].startswith("lmplay/")
+        for line in lines
+        if line.strip()
+    ]
 
 
-def test_every_line_of_a_block_is_known_to_the_tests() -> None:
-    assert set(LINES) - set(COMMANDS) == {
-        "git clone REPOSITORY_URL lmplay && cd lmplay",
-        "make demo",
-        "make test",
-        INSTALL,
-        "pip install -e '.[trial]'",
-    }
-    assert len(COMMANDS) > 10
+def commands(doc: str) -> list[str]:
+    return [line for line in shell_lines(doc) if line.startswith(("lmp_", "python "))]
+
+
+def python_blocks(doc: str) -> list[str]:
+    return [
+        "\n".join(lines)
+        for language, lines in fenced((ROOT / doc).read_text())
+        if language == "python"
+    ]
+
+
+def test_every_line_of_a_block_is_run_or_listed() -> None:
+    lines = {line for doc in DOCS for line in shell_lines(doc)}
+    run = {line for doc in DOCS for line in commands(doc)}
+    assert lines - run == NOT_RUN
+    assert len(run) > 35
     makefile = (ROOT / "Makefile").read_text()
     for target in ("demo", "test"):
         assert f"\n{target}:" in makefile
 
 
 def test_json_of_the_docs_is_a_plan() -> None:
-    from lmplay.plan import parse_plan
-
     text = (ROOT / "docs" / "plans.md").read_text()
     (block,) = (lines for language, lines in fenced(text) if language == "json")
-    parse_plan(json.loads("\n".join(block)), "docs/plans.md")
+    plan = parse_plan(json.loads("\n".join(block)), "docs/plans.md")
+    assert plan.steps[0].step_name == "mine"
 
 
-@pytest.mark.timeout(900)  # some thirty processes, each of which has a limit of its own
-def test_commands_run_as_printed_in_their_order(tmp_path: Path) -> None:
-    """In a folder like a fresh clone: the tree's experiments, no runs. `my_idea` gets the README's
-    own change."""
+@pytest.fixture
+def clone(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A folder like a fresh clone, with the tree's experiments and no runs; its environment."""
     shutil.copytree(
         ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__")
     )
     bin_folder = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
-    env["PYTHONPATH"] = str(copy_of_package(tmp_path))
-    cold: set[str] = set()  # commands that were started as a user does
-    with forked(tmp_path, env) as warm:
-        for line in COMMANDS:
+    env |= {"PYTHONPATH": str(copy_of_package(tmp_path)), "MPLBACKEND": "agg"}
+    return tmp_path, env
+
+
+@pytest.mark.timeout(900)  # up to twenty processes, each of which has a limit of its own
+@pytest.mark.parametrize("doc", DOCS)
+def test_commands_run_as_printed_in_their_order(doc: str, clone: tuple[Path, dict]) -> None:
+    folder, env = clone
+    started: set[str] = set()  # commands that were started as a user does
+    with forked(folder, env) as warm:
+        for line in commands(doc):
             # Real runs, shortened to what a test can wait for.
-            short = line.replace("--minutes 5", "--minutes 0.02 --training-plan smoke")
+            short = line.replace("--training-plan laptop", "--training-plan smoke")
+            short = short.replace("--minutes 5", "--minutes 0.02")
             name, *words = shlex.split(short.replace("--max-seeds 4", "--max-seeds 2"))
-            if name in cold and name.startswith("lmp_"):
-                done = warm.run(name, *words, cwd=tmp_path)
+            if name in started and name.startswith("lmp_"):
+                done = warm.run(name, *words, cwd=folder)
             else:
-                cold.add(name)
+                started.add(name)
                 done = subprocess.run(
                     [name, *words],
-                    cwd=tmp_path,
+                    cwd=folder,
                     env=env,
                     capture_output=True,
                     text=True,
                     timeout=200,
                     check=False,
                 )
+            if line in NOT_HERE and done.returncode != 0:
+                assert NOT_HERE[line] in done.stderr
+                continue
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
             assert "[transformers]" not in done.stderr, (
-                "advice of a library's, which the user did not call"
+                "a library's advice, which no user asked for"
             )
             if line.startswith("lmp_new "):
-                change_as_told(tmp_path / "experiments" / "my_idea.py")
-    assert (tmp_path / "plots" / "log_diff_loss.png").exists()
+                make_the_documented_change(folder / "experiments" / "my_idea.py")
+    if doc == "README.md":
+        assert (folder / "plots" / "log_diff_loss.png").exists()
+
+
+def run_script(script: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(script)],
+        cwd=script.parent,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.timeout(600)
+def test_scripts_of_the_python_page_run(clone: tuple[Path, dict]) -> None:
+    """In their order and in one process, as the cells of a notebook do."""
+    folder, env = clone
+    script = folder / "script.py"
+    script.write_text("\n".join(python_blocks("docs/python.md")))
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "UNDECIDED" in done.stdout  # two pairs never suffice
+    assert (folder / "gpt_out" / "smoke" / "value_norm-s0" / "run.json").exists()
+
+
+@pytest.mark.timeout(600)
+def test_script_of_the_trials_page_runs(clone: tuple[Path, dict]) -> None:
+    folder, env = clone
+    (block,) = python_blocks("docs/trials.md")
+    assert 'training_plan="sketch", max_pairs=12' in block
+    short = 'training_plan="smoke", max_pairs=2, tuned=False'
+    script = folder / "script.py"
+    block = block.replace('training_plan="sketch", max_pairs=12', short)
+    script.write_text(block + "\nassert report['arms']['value_norm']['pairs'] == 2\n")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_source_of_the_plans_page_reads_its_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = python_blocks("docs/plans.md")
+    (tmp_path / "my_package.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    first, second = importlib.import_module("my_package").Counting(count=2).documents()
+    assert first == [(" ".join(map(str, range(20))), True)]
+    assert second[0][0].startswith("1 2 3 ")
 
 
 def copy_of_package(tmp_path: Path) -> Path:
@@ -110,18 +207,18 @@ def copy_of_package(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def change_as_told(path: Path) -> None:
+def make_the_documented_change(path: Path) -> None:
     """Make the README's change where it says."""
-    (activation,) = ("\n".join(lines) for language, lines in BLOCKS if language == "python")
+    (activation,) = python_blocks("README.md")
     text = path.read_text()
     before = "        return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)"
     assert text.count(before) == 1
     path.write_text(text.replace(before, "        " + activation.strip()))
 
 
-def test_flags_of_the_readme_exist() -> None:
+def test_flags_of_the_docs_exist() -> None:
     helps: dict[tuple[str, ...], str] = {}
-    for line in COMMANDS:
+    for line in (line for doc in DOCS for line in commands(doc)):
         if line.startswith("lmp_"):
             name, *words = line.removeprefix("lmp_").split()
             of = (name, words[0]) if name == "market" else (name,)  # it has commands of its own
@@ -142,9 +239,16 @@ def test_file_tree_names_every_module() -> None:
             assert re.search(rf"(^|  ){path.name} ", README, re.M), path.name
 
 
-def test_pictures_and_links_exist() -> None:
-    for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
-        assert (ROOT / target.partition("#")[0]).exists(), target
+@pytest.mark.parametrize("doc", [*DOCS, "docs/python.md", "docs/results.md", "docs/log.md"])
+def test_pictures_and_links_exist(doc: str) -> None:
+    path = ROOT / doc
+    for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", path.read_text()):
+        name, _, section = target.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), target
+        if section:
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(), re.M)
+            assert section in {re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in titles}
 
 
 def test_both_spellings_are_installed() -> None:
