@@ -1,4 +1,4 @@
-"""Causal attention on a CPU in bfloat16: lmplay's blocks beside torch's flash attention, in turns.
+"""Causal attention on a CPU in bfloat16: lmplay's blocks and torch's flash attention, in turns.
 
     python benchmarks/attention_speed.py
 

@@ -1,4 +1,5 @@
-"""What every variant costs beside gpt2ish: speed, memory, parameters and FLOPs, from one run.
+"""What every variant costs compared with gpt2ish: speed, memory, parameters and FLOPs, from one
+run.
 
     python benchmarks/ideas_speed.py                        # all variants at the plan laptop's size
     python benchmarks/ideas_speed.py --size arena --rounds 3

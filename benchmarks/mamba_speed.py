@@ -1,5 +1,5 @@
-"""Speed and memory of Mamba and Mamba-2 beside their peers, in one interleaved run; and of
-decoding, by position.
+"""Speed and memory of Mamba, Mamba-2 and their peers, in one interleaved run; and decoding speed by
+position.
 
     python benchmarks/mamba_speed.py    # 512 and 2048 positions, three rounds, then decoding
     python benchmarks/mamba_speed.py --lengths 512 --rounds 5 --no-decoding
@@ -329,7 +329,7 @@ def peer(name: str) -> tuple[nn.Module, Any]:
 
 
 def decode(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of greedy decoding, for each of so many windows of positions: the median
+    """Tokens per second of greedy decoding, for each window of positions: the median
     over its tokens."""
     import torch
 

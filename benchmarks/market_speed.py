@@ -8,7 +8,7 @@ both masks; the reading of the contexts is not timed. The weights are random, wh
 how long a pass takes, but how many there are: hardly a price stands that they draw under the book
 mask, so that most messages which name an order take all 16 draws. That is the slow end; --no-book
 shows a message a pass. Reported are medians over rounds. Without the cache every token reads the
-whole context again; one message of that is timed. The ancestor of this model sampled 9.6 messages/s
+context again; one message of that is timed. The ancestor of this model sampled 9.6 messages/s
 on its machine.
 """
 
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=4, help="in each market and round (4)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--uncached", type=int, default=1, help="messages without the cache (1; 0 leaves it away)"
+        "--uncached", type=int, default=1, help="messages without the cache (1; 0 skips it)"
     )
     parser.add_argument("--no-book", action="store_true", help="the grammar mask only")
     parser.add_argument("--exp", default="market_100m")

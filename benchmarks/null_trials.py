@@ -80,10 +80,10 @@ def main() -> None:
                 stdout=subprocess.DEVNULL,
                 check=True,
             )
-            told = json.loads(
+            report = json.loads(
                 (out / "trials" / f"{path.stem}-{name}-against-gpt2ish" / "trial.json").read_text()
             )
-            v = told["arms"][name]
+            v = report["arms"][name]
             counts[v["word"]] = counts.get(v["word"], 0) + 1
             print(
                 f"{name}: {v['word']}, gain {v['gain']:+.4f}, p {v['p']:.3f}, {v['pairs']} pairs, "

@@ -1,4 +1,4 @@
-"""Training speed of lmplay beside two peers, in one interleaved run.
+"""Training speed of lmplay and two peers, in one interleaved run.
 
     python benchmarks/train_speed.py                  # both sizes, three rounds
     python benchmarks/train_speed.py --size small --rounds 5
@@ -49,7 +49,7 @@ class Size:
 
 SIZES = {
     "arena": Size({"kind": "tiktoken", "name": "gpt2"}, 50257, 6, 768, 12, 1024, 2, 3),
-    # 65 is the vocabulary of nanoGPT's characters: the bytes of the text, folded into so many ids
+    # 65 is the vocabulary of nanoGPT's characters: the bytes of the text, modulo 65
     "small": Size({"kind": "bytes"}, 65, 6, 384, 6, 256, 64, 3),
 }
 WARM_UP = 2  # optimizer steps
@@ -225,7 +225,7 @@ def fold(arrays: Any, vocab: int) -> Any:
 
 
 def peer_step(name: str, size: Size, device: torch.device, precision: Any) -> Any:
-    """One optimizer step of a peer: the whole batch in one pass, full logits, AdamW as torch makes
+    """One optimizer step of a peer: the batch in one pass, full logits, AdamW as torch makes
     it."""
     import torch
     import torch.nn.functional as F

@@ -50,7 +50,7 @@ class Config:
     tied: bool = False
     head_bias: bool = True
     op: Literal["add", "multiply"] = "add"  # CHANGED: how distance joins the score
-    last: int = 0  # CHANGED: the last so many blocks have it; 0 means all
+    last: int = 0  # CHANGED: the number of last blocks that have it; 0 means all
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:

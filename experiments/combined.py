@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from lmplay.api import KVCache, ModelRunner, cache_weights, causal_attention, dropout
 
 # CHANGED
-# of learning: what is added to W moves beside entries of .02, not of 1
+# multipliers of the learning rate: W's entries, to which a is added, are about .02, not 1
 RATES = {
     "a_out": 0.02,
     "a_in": 0.02,
@@ -97,7 +97,7 @@ Weights = dict[str, Tensor]  # the effective weights and biases of the unified l
 class UnifiedLinear(Linear):
     """A linear layer whose weight is modulated by vectors; `path` is its name in the model.
 
-    A factor, and the shift of the bias, has a number c that moves it as a whole.
+    A factor, and the shift of the bias, has a number c that is added to all its entries.
     """
 
     modulated = False  # while nn.Linear begins
@@ -324,7 +324,7 @@ class Runner(ModelRunner):
         return cache_weights(model, model.effective)  # type: ignore[arg-type]
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """What is added to W learns at the rate of RATES: its steps are beside entries of .02."""
+        """What is added to W learns at the rate in RATES, because W's entries are about .02."""
         groups = super().param_groups(model)
         own = dict(model.named_parameters())
         slow = {name: RATES[kind] for name in own for kind in RATES if name.endswith(f".{kind}")}

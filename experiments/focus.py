@@ -1,6 +1,6 @@
 """Focus: a learned attention temperature, for each position and head, or one number a block.
 
-The idea: some positions should look at one thing, others at the whole past. The softmax cannot
+The idea: some positions should look at one thing, others at all of the past. The softmax cannot
 choose that freely, as queries and keys must then grow or shrink. Here the query's position sets its
 own temperature.
 

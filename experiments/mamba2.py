@@ -1,6 +1,6 @@
 """Mamba-2: a state-space model in matrix products, alone or with attention in every n-th block.
 
-The idea: give a whole head of P features one rate of decay. Then the recurrence inside a chunk of
+The idea: give each head of P features one rate of decay. Then the recurrence inside a chunk of
 positions is attention without softmax, under a mask of decays, and all of it is matrix products
 (state-space duality).
 
@@ -103,7 +103,7 @@ class Config:
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # products of (64, 64) are large enough for the machine; more positions are more work each
 CHUNK = 64
-# of a position's log decay: e^-60 is 0 beside 1, and a chunk's sums stay where float32 resolves
+# of a position's log decay: 1 + e^-60 is 1, and a chunk's sums stay where float32 resolves
 # 2^-12
 STRONGEST = -60.0
 

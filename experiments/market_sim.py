@@ -14,7 +14,7 @@ every sample (Xiao et al. 2023, section 3.3). `vanilla` has none.
     x = x + O attention(rot(Q RMS(x)), rot(K RMS(x)), V RMS(x));  x = x + W2 (silu(W1 RMS(x)) * W3
     RMS(x))
 
-For a stream without end the cache keeps the sink and the last messages, and whole messages leave
+For a stream without end the cache keeps the sink and the last messages, and complete messages leave
 it. A key is stored rotated by its place in the stream; the sink's is stored unrotated and turned to
 stand just before the oldest message. As attention sees only differences of places, that is the same
 as rotating every key by its place in the cache, which the tests compare it with.
@@ -122,7 +122,7 @@ def make_norm(c: Config) -> nn.Module:
 def rotate(x: Tensor, places: Tensor, base: float) -> Tensor:
     """Rotary positions: dimension i is turned with dimension i + h/2 by place / base^(2i/h).
 
-    x (B, H, t, h); places (t,) or (B, t) whole numbers. Angles are taken in float64: a stream may
+    x (B, H, t, h); places (t,) or (B, t) integers. Angles are taken in float64: a stream may
     be long.
     """
     half = x.shape[-1] // 2
@@ -266,7 +266,7 @@ class Attention(nn.Module):
         if not c.sink:
             mask = mask.clone()
             mask[:, :, 0] &= places == 0
-        # The heads that share a key are so many queries of it: nothing is copied for them.
+        # The heads that share a key are further queries of it, so nothing is copied.
         shared = c.num_heads // c.num_kv_heads
         q = q.unflatten(1, (c.num_kv_heads, shared)).flatten(2, 3)  # (B, KV, shared t, h)
         mask = mask.repeat(1, shared, 1).unsqueeze(1)  # (B, 1, shared t, used)

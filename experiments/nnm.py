@@ -1,4 +1,4 @@
-"""NNMemory: trained memory cells that every position reads by attention, beside or instead of the
+"""NNMemory: trained memory cells that every position reads by attention, next to or instead of the
 feed-forward.
 
 The idea: a feed-forward layer stores what the model knows in the product of two matrices. A bank of
@@ -9,8 +9,8 @@ is no causal mask.
     r = softmax(q Kᵀ / √h) V,  q = W_q LN(x), `mem_heads` heads of the attention's head size h
     memory(x) = proj(r), and with mem_ff a feed-forward of its own behind it: m + ff(LN(x + m))
 
-`place`: before or after the attention, beside it (both read the same x), `only` (every second block
-has memory in place of attention), or ff (version 2: memory in place of the feed-forward; with
+`place`: before or after the attention, `beside` it (both read the same x), `only` (every second
+block has memory in place of attention), or ff (version 2: memory in place of the feed-forward; with
 `shadow` a plain D x D linear layer runs parallel to it). `shared`: one bank for all blocks, each
 with queries of its own.
 
@@ -19,10 +19,10 @@ keeps the tables (mem_heads x C x h) and drops cells, W_k and W_v. The cells' wi
 1/cell_mul of the rate, as a step of Adam moves their product by the rate times the cells' size. No
 standard architecture holds what is left. Parameters a bank: training only C cell_mul D + 2 cell_mul
 D mem_heads h, in use 2 C mem_heads h; and a reading layer 2 D mem_heads h. The run's first lines
-say what that makes beside the baseline. mem_heads and cells are numbers of their own: a memory is
+compare it with the baseline. mem_heads and cells are numbers of their own: a memory is
 1.5 times as wide as the model at the size of laptop, and half as wide at the default.
 
-The claim (to be tested): memory beside attention beats a wider feed-forward.
+The claim (to be tested): memory next to attention beats a wider feed-forward.
 Result so far (2026-11-23, docs/results.md): on the plan laptop worse than gpt2ish by .136 and .171
 nats per token, seeds 0 and 1; lmp_trial on the plan sketch: HARMFUL, -.17.
 Source: https://github.com/jmward01/lmplay (nnmemory 1 and 2).

@@ -12,7 +12,7 @@ over the C cells, several heads at a time, and the scores weigh a table of train
 of the num_blocks layers are blocks of the baseline (B) and which memories (N): it is repeated, or
 cut, to num_blocks letters; other characters are for the eye (BN-BNN-BNNN). W1 is D x D, a head of
 the table as wide as the attention's. A memory costs D² + D M C + C M h + M h D parameters and the
-like in FLOPs, where a block costs 12 D²: the run's first lines say what that makes beside the
+like in FLOPs, where a block costs 12 D²: the run's first lines compare it with the
 baseline. mem_heads and cells are numbers of their own: a memory is half of a block at the size of
 laptop and a fifth of one at the default. Nothing folds.
 

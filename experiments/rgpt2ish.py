@@ -9,7 +9,7 @@ with absolute positions).
 
     state_0 = empty;   hidden_c, state_c = model(chunk_c, stop_gradient(state_{c-1}))
 
-With `carry` the numbers of the forward pass are gpt2ish's on the whole sequence; only the gradient
+With `carry` the numbers of the forward pass are gpt2ish's on the full sequence; only the gradient
 is cut. Without it the state is ignored, and it is gpt2ish exactly on sequences of the chunk's
 length.
 

@@ -16,8 +16,8 @@ is one for each purpose. The effective weights are computed once for all mini-ba
 optimizer step. Details that the source leaves open are chosen as in ue.py and uw.py. `fold`
 tabulates the embedding and multiplies the weights out: sac1 leaves a plain GPT-2, sac2 one without
 the blocks' LayerNorms. Training-only parameters at 50257 x 768 with 6 blocks: 500 M in the
-predicting networks and 314 M in the UE (sac1), 55 M and 628 M (sac2), beside the baseline's 120.6 M
-in all.
+predicting networks and 314 M in the UE (sac1), 55 M and 628 M (sac2), against the baseline's 120.6
+M in all.
 
 The claim (to be tested): the largest gain of the family at the same inference cost.
 Result so far (2026-11-23, docs/results.md): sac1 on the plan laptop worse than gpt2ish by .119 and
@@ -51,7 +51,7 @@ from lmplay.api import (
 # CHANGED: what a modulating vector can be, and where each kind starts
 Vector = Literal["on", "off", "plain"]  # on: predicted
 STARTS = {"m_out": 1.0, "a_out": 0.0, "m_in": 1.0, "a_in": 0.0, "shift": 0.0}
-# of learning: what is added to W moves beside entries of .02, not of 1
+# multipliers of the learning rate: W's entries, to which a is added, are about .02, not 1
 RATES = {
     "a_out": 0.02,
     "a_in": 0.02,
@@ -152,8 +152,8 @@ Weights = dict[str, Tensor]  # the effective weights and biases of the unified l
 class UnifiedLinear(Linear):
     """A linear layer whose weight is modulated by vectors; `path` is its name in the model.
 
-    Plain vectors are its own, a factor with a number c that moves it as a whole; predicted ones are
-    given.
+    Plain vectors are its own, a factor with a number c that is added to all its entries; predicted
+    ones are given.
     """
 
     plain: tuple[str, ...] = ()
@@ -507,7 +507,7 @@ class Runner(ModelRunner):
 
         Under Adam and Adagrad a step moves an entry by about the rate, so a product by the rate
         times its fan-in. Divided by that a predicted vector moves as fast as a plain one. It should
-        not move faster: it moves a whole weight.
+        not move faster: it moves all entries of a weight.
         """
         groups = super().param_groups(model)
         special: dict[str, tuple[str, float]] = {}

@@ -22,7 +22,7 @@ deviation .02, as the baseline's table does.
 Variants: the width m and the middle k; with value norm; for positions instead of tokens; `ue8x_cpu`
 keeps the front table on the CPU while the rest is on the GPU.
 Training-only parameters: V m D for the table, m k D² + k D² for the network. At 50257 x 768 and m =
-8 that is 309 M and 5.3 M, beside the baseline's 120.6 M.
+8 that is 309 M and 5.3 M, against the baseline's 120.6 M.
 
 The claim (to be tested): 6 blocks with UE beat 12 without; wider is better.
 Result so far (2026-11-22, docs/results.md): on the plan laptop worse than gpt2ish by .108 to .148

@@ -11,7 +11,7 @@ Each of m_out, a_out, m_in, a_in and the bias's shift is off, plain (trained) or
     predicted = P · gelu(S z + s) + rest
 
 Here z (exp_mul D) and rest belong to the layer. S (D x exp_mul D), s and P belong to one network
-for each layer, for each purpose or for the whole model.
+for each layer, for each purpose or for all of the model.
 
 
 `depth` counts the GELUs (0: none, 2: another D x D layer). Every m starts at 1 and everything else
@@ -27,7 +27,7 @@ has exp_mul D entries in every layer, also where the input is 4 D wide, and the 
 units, so that networks can be shared; what makes a vector learns at a rate that moves the vector as
 fast as a plain one, and what is added to W at .02 of that, the size of W's entries (see
 param_groups). The effective weights are computed once for all mini-batches of an optimizer step.
-Training-only parameters a layer: in + out twice and 3 numbers (uw1); beside that exp_mul D and the
+Training-only parameters a layer: in + out twice and 3 numbers (uw1); and exp_mul D and the
 network's exp_mul D² + 5 matrices of each size. All of it folds away.
 
 The claim (to be tested): faster learning than plain layers; better without the blocks' LayerNorms.
@@ -62,7 +62,7 @@ from lmplay.api import (
 # CHANGED: what a modulating vector can be, and where each kind starts
 Vector = Literal["on", "off", "plain", "predicted"]  # on: as Config.vectors says
 STARTS = {"m_out": 1.0, "a_out": 0.0, "m_in": 1.0, "a_in": 0.0, "shift": 0.0}
-# of learning: what is added to W moves beside entries of .02, not of 1
+# multipliers of the learning rate: W's entries, to which a is added, are about .02, not 1
 RATES = {
     "a_out": 0.02,
     "a_in": 0.02,
@@ -157,8 +157,8 @@ Weights = dict[str, Tensor]  # the effective weights and biases of the unified l
 class UnifiedLinear(Linear):
     """A linear layer whose weight is modulated by vectors; `path` is its name in the model.
 
-    Plain vectors are its own, a factor with a number c that moves it as a whole; predicted ones are
-    given.
+    Plain vectors are its own, a factor with a number c that is added to all its entries; predicted
+    ones are given.
     """
 
     plain: tuple[str, ...] = ()
@@ -441,7 +441,7 @@ class Runner(ModelRunner):
 
         Under Adam and Adagrad a step moves an entry by about the rate, so a product by the rate
         times its fan-in. Divided by that a predicted vector moves as fast as a plain one. It should
-        not move faster: it moves a whole weight.
+        not move faster: it moves all entries of a weight.
         """
         groups = super().param_groups(model)
         special: dict[str, tuple[str, float]] = {}

@@ -57,7 +57,7 @@ class Batch:
 class StepOut:
     """Result of one forward pass over a mini-batch, as sums over its counted tokens.
 
-    The harness divides by the counted tokens of the whole optimizer step. So the mini-batch size
+    lmplay divides by the counted tokens of the optimizer step. So the mini-batch size
     does not change the gradient.
 
     loss_sum: () float32, nats.

@@ -115,16 +115,16 @@ def generate(
         window = context.shape[1] + new_tokens
     unread = context[:, -window:]
     cache = runner.new_cache(model, num_samples, window)
-    held = 0
+    cached = 0
     try:
         with runner.fixed_weights(model):
             for _ in range(new_tokens):
-                if held + unread.shape[1] > window:
+                if cached + unread.shape[1] > window:
                     unread = context[:, -max(1, window // 2) :]
                     cache = runner.new_cache(model, num_samples, window)
-                    held = 0
+                    cached = 0
                 logits, cache = runner.logits(model, unread, cache)
-                held += unread.shape[1]
+                cached += unread.shape[1]
                 token = choose(logits, seen, how, generator)
                 if eot is not None:
                     token = torch.where(ended, eot, token)

@@ -5,7 +5,7 @@
 
 Each check is a function of its own, so that a test runner can name the one that failed.
 
-One module, because the checks share the small model and batch that they build.
+One module, because every check starts from the same Subject.
 """
 
 from __future__ import annotations
@@ -163,13 +163,13 @@ def check_accumulation(s: Subject) -> None:
     """Mini-batches of 1 and of 4 give the same gradient."""
     model = s.moved(torch.float64)
     batch = s.batch()
-    whole = _gradients(s, model, [batch])
+    full = _gradients(s, model, [batch])
     parts = [Batch(batch.ids[i : i + 1], batch.targets[i : i + 1]) for i in range(len(batch.ids))]
     split = _gradients(s, model, parts)
-    assert whole.keys() == split.keys()
-    for name in whole:
+    assert full.keys() == split.keys()
+    for name in full:
         torch.testing.assert_close(
-            whole[name], split[name], rtol=1e-8, atol=1e-10, msg=f"gradient of {name}"
+            full[name], split[name], rtol=1e-8, atol=1e-10, msg=f"gradient of {name}"
         )
 
 

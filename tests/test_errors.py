@@ -94,7 +94,7 @@ def test_what_no_generator_of_numbers_takes_is_no_seed(command: Command, trained
     for seed in ("-1", str(2**63), "one"):
         done = command("lmp_generator", "x", "--do-sample", "--seed", seed)
         assert done.returncode == 2
-        assert f"{seed} is no whole number" in done.stderr
+        assert f"{seed} is not an integer" in done.stderr
 
 
 def test_a_pickle_is_refused(command: Command, trained: Path, tmp_path: Path) -> None:

@@ -588,7 +588,7 @@ def test_samples_begin_with_the_sink_and_hold_whole_messages(tmp_path: Path) -> 
         if "sessions" in x and "generator 0" in x["sessions"]
     ]
     assert any(x["messages"] == len(ids) and x["held_out_from"] == recorded.start for x in mine)
-    assert all("not in a whole sample of train" in x["counts"] for x in mine)
+    assert all("not in a complete sample of train" in x["counts"] for x in mine)
 
 
 def generated_session(plan: Any) -> Session:

@@ -3,7 +3,7 @@
 Differences are taken on a common grid, by interpolation, in the range that both curves cover.
 Smoothing is causal and the same for every curve of a figure.
 
-One module, because alignment, smoothing and differences share one grid.
+One module, because figures and the page must read, align and smooth curves in one way.
 """
 
 from __future__ import annotations

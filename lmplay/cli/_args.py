@@ -10,13 +10,13 @@ from ..errors import LmplayError
 
 
 def positive_int(text: str) -> int:
-    """A whole number above 0; 1e6 is accepted."""
+    """An integer above 0; 1e6 is accepted."""
     try:
         value = int(float(text)) if "e" in text.lower() else int(text)
     except (ValueError, OverflowError):
         value = 0
     if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not an integer above 0")
     return value
 
 
@@ -32,13 +32,13 @@ def positive_float(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """A whole number from 0 to 2^63 - 1."""
+    """An integer from 0 to 2^63 - 1."""
     try:
         value = int(text)
     except ValueError:
         value = -1
     if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2^63 - 1")
+        raise argparse.ArgumentTypeError(f"{text} is not an integer from 0 to 2^63 - 1")
     return value
 
 

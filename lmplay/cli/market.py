@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "--no-repair", action="store_true", help="reject messages that name no resting order"
     )
     s.add_argument(
-        "--no-cache", action="store_true", help="read the whole context again for every token: slow"
+        "--no-cache", action="store_true", help="read the context again for every token: slow"
     )
     s.add_argument("--no-baseline", action="store_true", help="omit the zero-intelligence markets")
     s.add_argument("--temperature", type=float, default=1.0, help="less random below 1 (1)")
@@ -197,7 +197,7 @@ def simulate(args: argparse.Namespace) -> int:
         why = "--no-cache"
         if cached:
             why = f"{restored.experiment.variant} has no cache for endless texts"
-        reporter.note(f"every token reads the whole context again ({why}): slow")
+        reporter.note(f"every token reads the context again ({why}): slow")
     with reporter:
         try:
             with runner.fixed_weights(restored.model):

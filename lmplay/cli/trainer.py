@@ -1,6 +1,7 @@
 """lmp_trainer: train an experiment on a training plan, or list and describe what there is.
 
-One module, because each flag is declared beside the function that acts on it.
+One module, because every flag belongs to one command line and one decision: train, list or
+describe.
 """
 
 from __future__ import annotations

@@ -263,7 +263,9 @@ class BinsSource(LocalSource):
             if not path.is_file():
                 raise LmplayError(f"there is no {path}")
             if path.stat().st_size == 0 or path.stat().st_size % dtype.itemsize:
-                raise LmplayError(f"{path} is empty or no whole number of {self.dtype}")
+                raise LmplayError(
+                    f"{path} is empty, or its size is not a multiple of a {self.dtype}"
+                )
             array = np.memmap(path, dtype, "r")
             for start in range(0, len(array), 2**24):
                 part = array[start : start + 2**24]

@@ -1,4 +1,4 @@
 """Simulate an exchange: order book, data, messages, sampler, scores. A plugin of lmplay.
 
-Times are nanoseconds since midnight, prices whole ticks, sizes whole lots.
+Times are nanoseconds since midnight, prices integer ticks, sizes integer lots.
 """

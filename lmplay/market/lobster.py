@@ -161,10 +161,12 @@ def _differences(
     """
     for side in (BID, ASK):
         shown = after[side]
-        whole = len(after[side]) < len(before[side])
+        complete = len(after[side]) < len(before[side])
         worst = (min if side == BID else max)(shown, default=None)
         for price in list(book.prices[side]):
-            inside = worst is None or whole or (price >= worst if side == BID else price <= worst)
+            inside = (
+                worst is None or complete or (price >= worst if side == BID else price <= worst)
+            )
             mine = book.volume[side].get(price, 0)
             theirs = shown.get(price, 0)
             if mine == theirs or not inside or book.beyond(price) or (side, price) in clipped:

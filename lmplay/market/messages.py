@@ -108,7 +108,8 @@ class MarketTokenizer(TokenizerSchema):
         messages, rest = divmod((plan.model.max_len or 0) - 1, self.width)
         if rest or messages < 1:
             raise ValueError(
-                f"model.max_len must be 1 + a multiple of {self.width}: a sink and whole messages"
+                f"model.max_len must be 1 + a multiple of {self.width}: "
+                "a sink and complete messages"
             )
 
 

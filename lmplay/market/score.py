@@ -4,7 +4,7 @@ curves.
 Everything is computed from folders of LOBSTER files, real or generated. The scores follow LOB-Bench
 (Nagy et al. 2025, arXiv 2502.09172, section 3): the distribution of each statistic over all events
 is compared by L1 (half the sum of |p - q| over Freedman-Diaconis bins, or over the values
-themselves if they are whole numbers) and by the Wasserstein-1 distance of z-scores. Intervals come
+themselves if they are integers) and by the Wasserstein-1 distance of z-scores. Intervals come
 from 100 bootstraps over events. Events depend on each other, so the intervals are too narrow for a
 claim about other days.
 
@@ -202,7 +202,7 @@ def _volatility(t: SessionData) -> np.ndarray:
     return out
 
 
-# (values, whether they are whole numbers)
+# (values, whether they are integers)
 Statistic = tuple[Callable[[SessionData], np.ndarray], bool]
 
 STATISTICS: dict[str, Statistic] = {
@@ -250,10 +250,10 @@ class Distance:
     high: float
 
 
-def edges(real: np.ndarray, generated: np.ndarray, whole: bool) -> np.ndarray:
+def edges(real: np.ndarray, generated: np.ndarray, discrete: bool) -> np.ndarray:
     """Return the edges of common bins: Freedman and Diaconis's width, or one bin per value."""
     pooled = np.concatenate([real, generated])
-    if whole:
+    if discrete:
         found = np.unique(pooled)
         return np.append(found, found[-1] + 1)
     low = pooled.min()
@@ -283,7 +283,7 @@ def wasserstein(x: np.ndarray, p: np.ndarray, q: np.ndarray) -> float:
 def distances(
     real: np.ndarray,
     generated: np.ndarray,
-    whole: bool,
+    discrete: bool,
     random: np.random.Generator,
     bootstraps: int = BOOTSTRAPS,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -293,7 +293,7 @@ def distances(
     """
     if not len(real) or not len(generated):
         return np.ones(1 + bootstraps), np.full(1 + bootstraps, np.nan)
-    borders = edges(real, generated, whole)
+    borders = edges(real, generated, discrete)
     pooled = np.concatenate([real, generated])
     x, inverse = np.unique(pooled, return_inverse=True)
     deviation = pooled.std()
@@ -318,8 +318,8 @@ def distances(
 def conditional_distances(
     real: tuple[np.ndarray, np.ndarray],
     generated: tuple[np.ndarray, np.ndarray],
-    whole: bool,
-    whole_given: bool,
+    discrete: bool,
+    given_discrete: bool,
     random: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return :func:`distances` within deciles (or values) of a condition, weighted by their events.
@@ -329,8 +329,8 @@ def conditional_distances(
     """
     given = np.concatenate([real[1], generated[1]])
     if not len(real[1]) or not len(generated[1]):
-        return distances(real[0], generated[0], whole, random)
-    borders = np.unique(given if whole_given else np.quantile(given, np.arange(0, 1, 0.1)))
+        return distances(real[0], generated[0], discrete, random)
+    borders = np.unique(given if given_discrete else np.quantile(given, np.arange(0, 1, 0.1)))
     groups = [np.searchsorted(borders, g, side="right") for g in (real[1], generated[1])]
     total = len(given)
     out = np.zeros((2, 1 + BOOTSTRAPS))
@@ -338,7 +338,7 @@ def conditional_distances(
     for group in np.unique(np.concatenate(groups)):
         parts = [v[0][g == group] for v, g in zip((real, generated), groups, strict=True)]
         count = len(np.concatenate(parts))
-        found = distances(parts[0], parts[1], whole, random)
+        found = distances(parts[0], parts[1], discrete, random)
         out[0] += count / total * found[0]
         if len(parts[0]) and len(parts[1]):
             out[1] += count * found[1]
@@ -365,14 +365,14 @@ def compare(real: list[SessionData], generated: list[SessionData], seed: int = 0
     random = np.random.default_rng(seed)
     rows = {}
     draws = []
-    for name, (statistic, whole) in STATISTICS.items():
+    for name, (statistic, discrete) in STATISTICS.items():
         draws.append(
-            distances(values(real, statistic), values(generated, statistic), whole, random)
+            distances(values(real, statistic), values(generated, statistic), discrete, random)
         )
         rows[name] = draws[-1]
-    for name, ((statistic, whole), (given, whole_given)) in CONDITIONALS.items():
+    for name, ((statistic, discrete), (given, given_discrete)) in CONDITIONALS.items():
         pairs = [_given(tapes, statistic, given) for tapes in (real, generated)]
-        draws.append(conditional_distances(pairs[0], pairs[1], whole, whole_given, random))
+        draws.append(conditional_distances(pairs[0], pairs[1], discrete, given_discrete, random))
         rows[name] = draws[-1]
     rows["mean"] = tuple(np.nanmean([d[i] for d in draws], 0) for i in (0, 1))
     table = {}
@@ -417,10 +417,10 @@ def divergence(real: list[SessionData], generated: list[SessionData]) -> pd.Data
             "ask volume, touch",
             "bid volume, touch",
         ):
-            statistic, whole = STATISTICS[name]
+            statistic, discrete = STATISTICS[name]
             a = values(real, statistic)
             b = values(part, statistic)
-            row[name] = distances(a, b, whole, np.random.default_rng(0), bootstraps=0)[0][0]
+            row[name] = distances(a, b, discrete, np.random.default_rng(0), bootstraps=0)[0][0]
         rows.append(row)
     return pd.DataFrame(rows)
 

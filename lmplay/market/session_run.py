@@ -50,13 +50,13 @@ def beginnings(recorded: RecordedSession, markets: int) -> list[int]:
     Raises:
         LmplayError: too few messages are held out.
     """
-    held = len(recorded.messages) - recorded.start
-    if held < markets or recorded.start < 1:
+    available = len(recorded.messages) - recorded.start
+    if available < markets or recorded.start < 1:
         raise LmplayError(
-            f"{recorded.session.name}: {held} messages are held out, too few to begin {markets} "
-            "markets from"
+            f"{recorded.session.name}: {available} messages are held out, "
+            f"too few to begin {markets} markets from"
         )
-    return [recorded.start + i * held // markets for i in range(markets)]
+    return [recorded.start + i * available // markets for i in range(markets)]
 
 
 def context_of(
@@ -76,7 +76,7 @@ def context_of(
     most = max(1, (length - 1) // messages.width - 1)
     if wanted is not None and wanted > most:
         raise LmplayError(
-            f"--context {wanted}: the model holds {most} messages beside the one that is sampled"
+            f"--context {wanted}: the model holds {most} messages besides the one that is sampled"
         )
     return messages.encode_messages(recorded.messages[max(0, begin - (wanted or most)) : begin])
 

@@ -113,7 +113,7 @@ class MarketSource(LocalSource):
                 start = held_out(len(ids), fraction)
                 for split, part in (("train", ids[:start]), ("val", ids[start:])):
                     samples = part[: len(part) // per_sample * per_sample]
-                    issues.counts[f"not in a whole sample of {split}"] += len(part) % per_sample
+                    issues.counts[f"not in a complete sample of {split}"] += len(part) % per_sample
                     for sample in samples.reshape(-1, per_sample * tokenizer.width):
                         counted = np.ones(length, bool)
                         counted[0] = False

@@ -293,7 +293,7 @@ def fit(replayed: Iterable[tuple[Event, Message, Market]], reach: int = 999) -> 
             "zero-intelligence markets: no order is added in the part that is not held out: no "
             "rates"
         )
-    # Where few orders ever were, a ratio is noise: the whole side's rate is blended in, with the
+    # Where few orders ever were, a ratio is noise: the side's total rate is blended in, with the
     # weight of 10 seconds.
     overall = gone.sum(1, keepdims=True) / np.maximum(exposure.sum(1, keepdims=True), 1e-9)
     cancel = (gone + 10 * overall) / (exposure + 10)

@@ -103,7 +103,8 @@ class StepResult:
 class Trainer:
     """One run of one experiment on one plan.
 
-    Process `rank` of `world` processes reads its share of each batch.
+    Process `rank` of `world` processes reads its share of each batch. Nothing here adds up the
+    gradients of several processes: whoever starts them must wrap the model for that.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class Trainer:
         self.train_curve = CurveFile(run.path / "train.csv", TRAIN)
         self.validate_curve = CurveFile(run.path / "validate.csv", VALIDATE)
         self.samples = Samples(run.path / "samples.jsonl")
-        self.rates: deque[float] = deque(maxlen=20)  # tokens per second of the last steps
+        self.throughput: deque[float] = deque(maxlen=20)  # tokens per second of the last steps
         self.stop_signal: int | None = None
         self.last_saved = time.monotonic()
         self.last_checkpoint = "none yet"
@@ -303,7 +304,7 @@ class Trainer:
         """Return the remaining training time of the stage, at the speed of the last steps."""
         minutes = self.stage.minutes
         by_time = 60 * minutes - self.state.step_seconds if minutes else math.inf
-        per_step = self.batch_size * self.length / statistics.median(self.rates)
+        per_step = self.batch_size * self.length / statistics.median(self.throughput)
         return max(0.0, min(by_time, (self.max_steps() - self.state.index) * per_step))
 
     def next_stage(self) -> None:
@@ -343,7 +344,7 @@ class Trainer:
         state.tokens += processed
         state.seconds += seconds
         state.step_seconds += seconds
-        self.rates.append(processed / seconds)
+        self.throughput.append(processed / seconds)
         row = {
             **self._axes(),
             **self._quality(result.loss_sum, result.n_correct, n, self._bytes(arrays)),

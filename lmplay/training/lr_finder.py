@@ -80,7 +80,7 @@ def read(rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray) -> Range:
     """Read the two rates off the curve.
 
     The steepest point is before the minimum, by the rate's logarithm. A tenth of the rate at the
-    minimum is suggested because the loss lags behind the rate and a whole run must survive it.
+    minimum is suggested because the loss lags behind the rate and a full run must survive it.
     """
     lowest = int(np.argmin(smoothed)) if len(smoothed) else 0
     if lowest < 2:
@@ -89,6 +89,6 @@ def read(rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray) -> Range:
             "trained?"
         )
     slopes = np.gradient(smoothed, np.log(rates))
-    steepest = int(np.argmin(slopes[: lowest + 1]))
+    descent = int(np.argmin(slopes[: lowest + 1]))
     suggested = float(SUGGESTED * rates[lowest]) if lowest < len(rates) - 1 else None
-    return Range(rates, losses, smoothed, float(rates[steepest]), suggested)
+    return Range(rates, losses, smoothed, float(rates[descent]), suggested)

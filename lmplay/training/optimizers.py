@@ -1,6 +1,6 @@
 """Optimizers over an experiment's parameter groups, and learning rate schedules.
 
-One module, because groups, optimizers and schedules together make one update.
+One module, because parameter groups, sparse gradients and clipping must fit together in one update.
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ PLAIN_SECONDS = 10.0  # between plain lines where the output is no terminal
 
 def duration(seconds: float) -> str:
     """Return seconds as 1:02:03, or 2:03 below an hour."""
-    whole = int(seconds)
-    hours = whole // 3600
-    minutes = whole % 3600 // 60
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+    total = int(seconds)
+    hours = total // 3600
+    minutes = total % 3600 // 60
+    return f"{hours}:{minutes:02}:{total % 60:02}" if hours else f"{minutes}:{total % 60:02}"
 
 
 def count(n: float) -> str:

@@ -87,10 +87,10 @@ def locate(
             f"{option} {model}: {kind}a run's folder or a checkpoint's folder is wanted"
         )
     if not model.is_dir():
-        beside = did_you_mean(
+        near = did_you_mean(
             model.name, (path.parent.name for path in model.parent.glob(f"*/{RUN_FILE}"))
         )
-        raise LmplayError(f"{option} {model}: there is no such folder{beside}")
+        raise LmplayError(f"{option} {model}: there is no such folder{near}")
     if (model / RUN_FILE).exists():
         run = RunFolder(model)
         found = run.newest(say)

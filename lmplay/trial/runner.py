@@ -2,7 +2,7 @@
 
 python -m lmplay.trial.runner JSON      # how a trial starts its helpers
 
-One module, because starting, resuming and reporting follow one written design.
+One module, because the starting process and its helpers must resolve a design in the same way.
 """
 
 from __future__ import annotations

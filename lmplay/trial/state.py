@@ -89,7 +89,7 @@ class TrialState:
             found = [tuning(arm, self.results) for arm in design.every_arm]
             return [unit for units in found if isinstance(units, list) for unit in units]
         for n in design.looks:
-            active = [a for a in self.unsettled(n) if not self.diverged(a, n)]
+            active = [a for a in self.unsettled(n) if not self.divergence_message(a, n)]
             if not active:
                 return []
             arms = (design.against, *active)
@@ -162,13 +162,13 @@ class TrialState:
             out.append(mine.loss - base.loss)
         return out
 
-    def diverged(self, arm: str, n: int) -> str:
+    def divergence_message(self, arm: str, n: int) -> str:
         """Message for the first diverged of the first n pairs; "" if there is none."""
         for seed, both in enumerate(self.pairs(arm)[:n]):
             for name, result in zip((arm, self.design.against), both, strict=True):
                 if not math.isfinite(result.loss):
                     folder = _short_folder(result)
-                    return f"{name} diverged with seed {seed} ({folder}): a lower learning rate?"
+                    return f"{name} diverged with seed {seed} ({folder}): try a lower learning rate"
         return ""
 
     def control_differences(self, arm: str) -> dict[str, list[float]]:
@@ -199,7 +199,7 @@ class TrialState:
                     data[arm] = self.differences(arm)[:look]
             now = self._judge(data, controlled)
             for arm in design.arms:
-                if why := self.diverged(arm, look):
+                if why := self.divergence_message(arm, look):
                     now[arm] = _closed(now[arm], why)
             settled |= {a: v for a, v in now.items() if a not in settled and v.settled}
             latest = {a: settled.get(a, v) for a, v in now.items()}
@@ -207,7 +207,7 @@ class TrialState:
             data = {a: self.differences(a)[:n] for a in design.arms}
             latest = judge(data, design.smallest_effect, design.max_pairs, design.level)
         for arm in design.arms:  # a pair since the last look may have diverged
-            if arm not in settled and (why := self.diverged(arm, n)):
+            if arm not in settled and (why := self.divergence_message(arm, n)):
                 latest[arm] = _closed(latest[arm], why)
         return latest
 

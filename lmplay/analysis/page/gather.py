@@ -38,7 +38,7 @@ from ..palette import COLORS, GREY, LABELS
 
 POINTS = 400  # of a curve on the page; longer ones are averaged down
 DIGITS = 7  # significant, of every number
-MOST_SEEDS = 60  # beyond it Student's quantile is taken as that of so many
+MOST_SEEDS = 60  # with more, the page uses Student's quantile for this number
 MOST_TEXT = 2000  # characters of a sample
 
 
