@@ -6,7 +6,6 @@ that can import it.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import write_plan
+from conftest import Command, write_plan
+from forked import Forked, forked
 
 from lmplay.discover import find
 from lmplay.training.run_folder import RunFolder
@@ -102,57 +102,57 @@ class Signs(torch.optim.Optimizer):
 '''
 
 
-def install(site: Path, text: str, group: str, entry: str) -> dict[str, str]:
+TRAIN = ("--training-plan", "tiny.json")
+
+
+def install(site: Path, text: str, entry_points: str) -> dict[str, str]:
     """Write the package `addition` and its metadata; return an environment that finds it."""
     site.mkdir()
     (site / "addition.py").write_text(text)
     info = site / "addition-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: addition\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\n{entry}\n")
+    (info / "entry_points.txt").write_text(entry_points)
     return {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
 
 
-def run(
-    folder: Path, env: dict[str, str], name: str, *words: str
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"lmplay.cli.{name}", *words]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-
-
-def train(folder: Path, env: dict[str, str], *words: str) -> RunFolder:
-    done = run(folder, env, "trainer", "--training-plan", "tiny.json", *words)
+def train(commands: Forked, folder: Path) -> RunFolder:
+    done = commands.run("lmp_trainer", *TRAIN, cwd=folder)
     assert done.returncode == 0, done.stderr
     (record,) = (folder / "gpt_out").glob("tiny/*/run.json")
     return RunFolder(record.parent)
 
 
 def test_a_source(tmp_path: Path) -> None:
-    env = install(tmp_path / "site", SOURCE, "lmplay.sources", "counting = addition:Counting")
-    write_plan(tmp_path, datasets={"words": {"source": "counting"}})
-    assert train(tmp_path, env).summary["val_loss"] < 6
-    write_plan(tmp_path, datasets={"words": {"source": "counting", "documents_per_sett": 2}})
-    wrong = run(tmp_path, env, "trainer", "--training-plan", "tiny.json")
+    entry = "[lmplay.sources]\ncounting = addition:Counting\n"
+    env = install(tmp_path / "site", SOURCE, entry)
+    with forked(tmp_path, env) as commands:
+        write_plan(tmp_path, datasets={"words": {"source": "counting"}})
+        run = train(commands, tmp_path)
+        assert run.summary["val_loss"] < 6
+        assert run.read()["plan"]["datasets"]["words"]["documents_per_set"] == 200
+        write_plan(tmp_path, datasets={"words": {"source": "counting", "documents_per_sett": 2}})
+        wrong = commands.run("lmp_trainer", *TRAIN, cwd=tmp_path)
     assert "did you mean documents_per_set?" in wrong.stderr
     schema = "from lmplay.plan import json_schema; print(json_schema())"
     found = subprocess.run([sys.executable, "-c", schema], env=env, capture_output=True, text=True)
     assert "documents_per_set" in found.stdout, "editors complete it"
 
 
-def test_a_tokenizer(tmp_path: Path) -> None:
-    env = install(tmp_path / "site", TOKENIZER, "lmplay.tokenizers", "nibbles = addition:Nibbles")
+def test_a_tokenizer(tmp_path: Path, command: Command) -> None:
+    entry = "[lmplay.tokenizers]\nnibbles = addition:Nibbles\n"
+    env = install(tmp_path / "site", TOKENIZER, entry)
     write_plan(tmp_path, tokenizer={"kind": "nibbles"})
-    folder = train(tmp_path, env)
-    assert folder.read()["identity"]["config"]["vocab_size"] == 17
-    text = run(tmp_path, env, "generator", "the", "--max-len", "4")
+    with forked(tmp_path, env) as commands:
+        assert train(commands, tmp_path).read()["identity"]["config"]["vocab_size"] == 17
+        text = commands.run("lmp_generator", "the", "--max-len", "4", cwd=tmp_path)
     assert text.returncode == 0, text.stderr
-    plain = {k: v for k, v in env.items() if k != "PYTHONPATH"}
-    without = run(tmp_path, plain, "generator", "the", "--max-len", "4")
+    without = command("lmp_generator", "the", "--max-len", "4")  # where it is not installed
     assert without.returncode == 1
     assert "there is no nibbles tokenizer" in without.stderr
 
 
-def test_a_drawn_metric(tmp_path: Path) -> None:
+def test_a_drawn_metric(tmp_path: Path, command: Command) -> None:
     """One experiment file logs a curve; it is a column, and a figure."""
     text = Path(find("gpt2ish")[0].path).read_text()
     before = "    def build(self) -> nn.Module:\n        return GPT(self.config)\n"
@@ -167,45 +167,47 @@ def test_a_drawn_metric(tmp_path: Path) -> None:
     start = text.index("VARIANTS: dict")
     (tmp_path / "mine.py").write_text(text[:start] + 'VARIANTS: dict[str, dict] = {"mine": {}}\n')
     write_plan(tmp_path)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    folder = train(tmp_path, env, "--exp", "mine.py")
+    trained = command("lmp_trainer", *TRAIN, "--exp", "mine.py")
+    assert trained.returncode == 0, trained.stderr
+    (record,) = (tmp_path / "gpt_out").glob("tiny/*/run.json")
+    folder = RunFolder(record.parent)
     assert folder.curves("train")["gain_size"].iloc[0] == pytest.approx(4.0)
-    drawn = run(tmp_path, env, "plotstats", "--out", "figures")
+    drawn = command("lmp_plotstats", "--out", "figures")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "figures" / "log_gain_size.png").stat().st_size > 1000
     assert isinstance(folder.curves(), pd.DataFrame)
 
 
 def test_an_optimizer(tmp_path: Path) -> None:
-    env = install(tmp_path / "site", OPTIMIZER, "lmplay.optimizers", "signs = addition:SignDescent")
-    write_plan(tmp_path, optimizer={"name": "signs", "lr": 0.001})
-    curve = train(tmp_path, env).curves()
-    assert curve["loss"].iloc[-1] < curve["loss"].iloc[0] - 0.1
-    write_plan(tmp_path, optimizer={"name": "signs", "dampin": 1.0})
-    wrong = run(tmp_path, env, "trainer", "--training-plan", "tiny.json")
-    assert "unknown key (did you mean damping?)" in wrong.stderr
-    write_plan(tmp_path, optimizer={"name": "sings"})
-    unknown = run(tmp_path, env, "trainer", "--training-plan", "tiny.json")
+    entry = "[lmplay.optimizers]\nsigns = addition:SignDescent\n"
+    env = install(tmp_path / "site", OPTIMIZER, entry)
+    with forked(tmp_path, env) as commands:
+        write_plan(tmp_path, optimizer={"name": "signs", "lr": 0.001})
+        curve = train(commands, tmp_path).curves()
+        assert curve["loss"].iloc[-1] < curve["loss"].iloc[0] - 0.1
+        write_plan(tmp_path, optimizer={"name": "signs", "dampin": 1.0})
+        wrong = commands.run("lmp_trainer", *TRAIN, cwd=tmp_path)
+        assert "unknown key (did you mean damping?)" in wrong.stderr
+        write_plan(tmp_path, optimizer={"name": "sings"})
+        unknown = commands.run("lmp_trainer", *TRAIN, cwd=tmp_path)
     assert unknown.returncode == 1
     assert "optimizer.name" in unknown.stderr
 
 
-@pytest.mark.parametrize("group", ["sources", "tokenizers", "optimizers"])
-def test_a_broken_plugin_breaks_nothing_else(tmp_path: Path, group: str) -> None:
-    env = install(tmp_path / "site", "1 / 0\n", f"lmplay.{group}", "broken = addition:Thing")
-    write_plan(tmp_path)
-    train(tmp_path, env)
-    key = {"sources": "datasets", "tokenizers": "tokenizer", "optimizers": "optimizer"}[group]
-    value = {"sources": {"words": {"source": "broken"}}, "tokenizers": {"kind": "broken"}}
-    write_plan(tmp_path, **{key: value.get(group, {"name": "broken"})})
-    used = run(tmp_path, env, "trainer", "--training-plan", "tiny.json")
-    assert used.returncode == 1
-    assert "its plugin cannot be loaded: addition:Thing: ZeroDivisionError" in used.stderr
-    assert len(used.stderr.strip().splitlines()) == 1
-
-
-def test_run_json_names_the_plugins_data(tmp_path: Path) -> None:
-    env = install(tmp_path / "site", SOURCE, "lmplay.sources", "counting = addition:Counting")
-    write_plan(tmp_path, datasets={"words": {"source": "counting"}})
-    record = json.loads((train(tmp_path, env).path / "run.json").read_text())
-    assert record["plan"]["datasets"]["words"]["documents_per_set"] == 200
+def test_a_broken_plugin_breaks_nothing_else(tmp_path: Path) -> None:
+    groups = ("sources", "tokenizers", "optimizers")
+    entries = "\n".join(f"[lmplay.{group}]\nbroken = addition:Thing" for group in groups)
+    uses = {
+        "datasets": {"words": {"source": "broken"}},
+        "tokenizer": {"kind": "broken"},
+        "optimizer": {"name": "broken"},
+    }
+    with forked(tmp_path, install(tmp_path / "site", "1 / 0\n", entries)) as commands:
+        write_plan(tmp_path)
+        train(commands, tmp_path)
+        for key, value in uses.items():
+            write_plan(tmp_path, **{key: value})
+            used = commands.run("lmp_trainer", *TRAIN, cwd=tmp_path)
+            assert used.returncode == 1
+            assert "its plugin cannot be loaded: addition:Thing: ZeroDivisionError" in used.stderr
+            assert len(used.stderr.strip().splitlines()) == 1, key

@@ -149,11 +149,17 @@ def run_script(script: Path, env: dict[str, str]) -> subprocess.CompletedProcess
 
 
 @pytest.mark.timeout(600)
-def test_scripts_of_the_python_page_run(clone: tuple[Path, dict]) -> None:
+def test_scripts_of_the_docs_run(clone: tuple[Path, dict]) -> None:
     """In their order and in one process, as the cells of a notebook do."""
     folder, env = clone
+    (trial,) = python_blocks("docs/trials.md")
+    assert 'training_plan="sketch", max_pairs=12' in trial
+    # As small as the trial of the page before, which it continues.
+    short = 'training_plan="smoke", max_pairs=2, tuned=False, mini_batch_size=8'
+    trial = trial.replace('training_plan="sketch", max_pairs=12', short)
     script = folder / "script.py"
-    script.write_text("\n".join(python_blocks("docs/python.md")))
+    check = 'assert report["arms"]["value_norm"]["pairs"] == 2'
+    script.write_text("\n".join([*python_blocks("docs/python.md"), trial, check]))
     done = subprocess.run(
         [sys.executable, str(script)],
         cwd=folder,
@@ -165,26 +171,6 @@ def test_scripts_of_the_python_page_run(clone: tuple[Path, dict]) -> None:
     assert done.returncode == 0, done.stderr
     assert "UNDECIDED" in done.stdout  # two pairs never suffice
     assert (folder / "gpt_out" / "smoke" / "value_norm-s0" / "run.json").exists()
-
-
-@pytest.mark.timeout(600)
-def test_script_of_the_trials_page_runs(clone: tuple[Path, dict]) -> None:
-    folder, env = clone
-    (block,) = python_blocks("docs/trials.md")
-    assert 'training_plan="sketch", max_pairs=12' in block
-    short = 'training_plan="smoke", max_pairs=2, tuned=False'
-    script = folder / "script.py"
-    block = block.replace('training_plan="sketch", max_pairs=12', short)
-    script.write_text(block + "\nassert report['arms']['value_norm']['pairs'] == 2\n")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_source_of_the_plans_page_reads_its_documents(
