@@ -1,4 +1,4 @@
-# make demo · test · bench · lint · gpu. All but gpu build .venv first if it is missing or out of date.
+# make demo · test · bench · lint · gpu. All but gpu build .venv if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,8 @@ def make_the_documented_change(path: Path) -> None:
     text = path.read_text()
     before = "        return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)"
     assert text.count(before) == 1
-    path.write_text(text.replace(before, "        " + activation.strip()))
+    after = textwrap.indent(textwrap.dedent(activation), "        ")
+    path.write_text(text.replace(before, after))
 
 
 def test_flags_of_the_docs_exist() -> None:

@@ -54,7 +54,8 @@ function difference(run, base, points) {
 
 function band(lines, quantiles, points) {
   const furthest = Math.max(...lines.map((l) => l.x[l.x.length - 1]));
-  lines = lines.filter((l) => l.x[l.x.length - 1] >= furthest / 2); // one that has just begun would end it there
+  // One that has just begun would end it there.
+  lines = lines.filter((l) => l.x[l.x.length - 1] >= furthest / 2);
   if (lines.length < 2) return null;
   const x = commonGrid(
       lines.map((l) => l.x),
@@ -346,7 +347,8 @@ function draw() {
         mode: "lines",
         name: escaped(name),
         line: { color: hue, width: 2.6, dash },
-        hovertemplate: `${escaped(name)}: mean %{y:.4f} of ${total.seeds} seeds at %{x:.4s}<extra></extra>`,
+        hovertemplate: `${escaped(name)}: mean %{y:.4f} of ${total.seeds} seeds ` +
+          "at %{x:.4s}<extra></extra>",
       });
   }
   const better = $("metric").value === "accuracy" ? "higher is better" : "lower is better";
@@ -403,7 +405,8 @@ function say(groups, diff, base, null_, windows, unpaired) {
     parts.push("Nothing to draw: no run matches the search or has this metric on this axis.");
   if (window > 1)
     parts.push(
-      `Each point is the mean of ${window} ${$("kind").value === "train" ? "steps" : "validations"}.`,
+      `Each point is the mean of ${window} ` +
+        ($("kind").value === "train" ? "steps." : "validations."),
     );
   parts.push(
     count > 1
@@ -417,12 +420,14 @@ function say(groups, diff, base, null_, windows, unpaired) {
   if (diff)
     parts.push(
       null_
-        ? `Grey: 95 % of the differences between two runs of ${base} with other seeds (${null_.seeds} seeds).`
+        ? `Grey: 95 % of the differences between two runs of ${base} ` +
+          `with other seeds (${null_.seeds} seeds).`
         : `One seed of ${base}: its luck is unknown.`,
     );
   if (unpaired)
     parts.push(
-      `${unpaired} run${unpaired > 1 ? "s have" : " has"} no ${base} of the same seed and is compared with another.`,
+      `${unpaired} run${unpaired > 1 ? "s have" : " has"} no ${base} of the same seed ` +
+        "and is compared with another.",
     );
   if (!diff && $("view").value === "diff") parts.push("No baseline: the value is shown.");
   if (diff && $("logy").checked)
@@ -578,7 +583,8 @@ function verdicts() {
       );
       if (v.gain !== null)
         line(
-          `gain ${signed(v.gain)} nats per token (${end(v.low)} to ${end(v.high)}), ${end(v.gain_bpb)} bits per byte`,
+          `gain ${signed(v.gain)} nats per token (${end(v.low)} to ${end(v.high)}), ` +
+            `${end(v.gain_bpb)} bits per byte`,
         );
       line(`${v.pairs} pairs, p ${short(v.p)} of the ${short(v.level)} that this look may spend`);
       if (v.tuned) line(`learning rate × ${short(v.lr_multiplier)}`);
@@ -586,11 +592,14 @@ function verdicts() {
         line(`${d.against} needs ${v.tokens_ratio.toFixed(2)} times the tokens for the same loss`);
       if (v.deviation_paired !== null)
         line(
-          `standard deviation of the difference: paired ${short(v.deviation_paired)}, unpaired ${short(v.deviation_unpaired)}`,
+          `standard deviation of the difference: paired ${short(v.deviation_paired)}, ` +
+            `unpaired ${short(v.deviation_unpaired)}`,
         );
       for (const [control, values] of Object.entries(v.controls))
         line(
-          `against the baseline of equal ${control}: ${signed(-values.reduce((s, x) => s + x, 0) / values.length)} (${values.length} seeds)`,
+          `against the baseline of equal ${control}: ` +
+            signed(-values.reduce((s, x) => s + x, 0) / values.length) +
+            ` (${values.length} seeds)`,
         );
       if (v.more === 0) line("it is close: some more pairs may settle it");
       if (v.more) line(`about ${v.more} more pair${v.more > 1 ? "s" : ""} would settle it`);
@@ -641,7 +650,8 @@ function sensitivity() {
         opacity: (j + 1) / shares.length,
         line: { color: hue },
         name: `${escaped(arm)}, ${short(share)} of the budget`,
-        hovertemplate: `%{y:.4f} at %{x} times the plan's rate<br>${escaped(arm)}, ${short(share)} of the budget<extra></extra>`,
+        hovertemplate: "%{y:.4f} at %{x} times the plan's rate<br>" +
+          `${escaped(arm)}, ${short(share)} of the budget<extra></extra>`,
       });
     });
   });
