@@ -15,11 +15,18 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 # seconds for a command's end, so that one that hangs ends its test and not the suite
 PATIENCE = 300
+LIBRARIES = (
+    "torch",
+    "torch._dynamo",  # every optimizer imports it at its first step, which takes two seconds
+    "pandas",
+    "matplotlib.pyplot",
+)
+IMPORTED = (*LIBRARIES, "lmplay.training.run", "lmplay.decoding")
 SERVE = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='serve')"
 
 
@@ -30,10 +37,17 @@ class Forked:
         self._server = server
         self._running: int | None = None
 
-    def start(self, name: str, *words: str, cwd: Path, output: Path) -> int:
-        """Begin `name words` (name as lmp_trainer); its output goes to the files output.out and
-        output.err. Its pid."""
+    def start(
+        self, name: str, *words: str, cwd: Path, output: Path, site: Path | None = None
+    ) -> int:
+        """Begin `name words` (name as lmp_trainer) and return its pid.
+
+        Args:
+            output: its output goes to the files output.out and output.err.
+            site: a folder with packages that only this command finds.
+        """
         asked = {"name": name, "words": words, "cwd": str(cwd), "output": str(output)}
+        asked["site"] = None if site is None else str(site)
         self._running = int(self._say(json.dumps(asked)))
         return self._running
 
@@ -58,10 +72,12 @@ class Forked:
                 os.kill(self._running, signal.SIGKILL)
             self._running = None
 
-    def run(self, name: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, name: str, *words: str, cwd: Path, site: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Begin it, wait for it, and return what it said."""
         output = cwd / ".said"
-        self.start(name, *words, cwd=cwd, output=output)
+        self.start(name, *words, cwd=cwd, output=output, site=site)
         status = self.wait()
         said = [output.with_suffix(end).read_text() for end in (".out", ".err")]
         return subprocess.CompletedProcess([name, *words], status, *said)
@@ -78,10 +94,12 @@ class Forked:
 
 
 @contextlib.contextmanager
-def forked(cwd: Path, env: Mapping[str, str] = os.environ) -> Iterator[Forked]:
-    """The parent of the forks; `env` is theirs."""
+def forked(
+    cwd: Path, env: Mapping[str, str] = os.environ, imported: Iterable[str] = IMPORTED
+) -> Iterator[Forked]:
+    """Yield the parent of the forks; `env` is theirs, and it has imported these modules."""
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVE, __file__],
+        [sys.executable, "-c", SERVE, __file__, *imported],
         cwd=cwd,
         env=dict(env),
         text=True,
@@ -98,13 +116,7 @@ def forked(cwd: Path, env: Mapping[str, str] = os.environ) -> Iterator[Forked]:
 
 
 def serve() -> None:
-    for module in (
-        "torch",
-        "pandas",
-        "matplotlib.pyplot",
-        "lmplay.training.run",
-        "lmplay.decoding",
-    ):
+    for module in sys.argv[2:]:
         importlib.import_module(module)
     pid = 0
     for line in map(str.strip, sys.stdin):
@@ -118,14 +130,19 @@ def serve() -> None:
         print(pid, flush=True)
 
 
-def be(name: str, words: list[str], cwd: str, output: str) -> None:
+def be(name: str, words: list[str], cwd: str, output: str, site: str | None) -> None:
     """Become the command."""
     os.chdir(cwd)
+    if site is not None:
+        sys.path.insert(0, site)
     for fd, path in ((0, os.devnull), (1, f"{output}.out"), (2, f"{output}.err")):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(opened, fd)
         os.close(opened)
     sys.argv = [name, *words]
+    if name == "python":
+        exec(words[0], {"__name__": "__main__"})
+        sys.exit(0)
     sys.exit(importlib.import_module(f"lmplay.cli.{name.removeprefix('lmp_')}").main(words))
 
 

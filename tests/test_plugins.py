@@ -7,14 +7,13 @@ that can import it.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import Command, write_plan
-from forked import Forked, forked
+from forked import LIBRARIES, Forked, forked
 
 from lmplay.discover import find
 from lmplay.training.run_folder import RunFolder
@@ -105,47 +104,52 @@ class Signs(torch.optim.Optimizer):
 TRAIN = ("--training-plan", "tiny.json")
 
 
-def install(site: Path, text: str, entry_points: str) -> dict[str, str]:
-    """Write the package `addition` and its metadata; return an environment that finds it."""
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    """Starts commands; lmplay is imported, and looks for plugins, in each of them anew."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with forked(tmp_path_factory.mktemp("warm"), env, LIBRARIES) as commands:
+        yield commands
+
+
+def install(site: Path, text: str, entry_points: str) -> None:
+    """Write the package `addition` and its metadata."""
     site.mkdir()
     (site / "addition.py").write_text(text)
     info = site / "addition-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: addition\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(entry_points)
-    return {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
 
 
 def train(commands: Forked, folder: Path) -> RunFolder:
-    done = commands.run("lmp_trainer", *TRAIN, cwd=folder)
+    done = commands.run("lmp_trainer", *TRAIN, cwd=folder, site=folder / "site")
     assert done.returncode == 0, done.stderr
     (record,) = (folder / "gpt_out").glob("tiny/*/run.json")
     return RunFolder(record.parent)
 
 
-def test_a_source(tmp_path: Path) -> None:
-    entry = "[lmplay.sources]\ncounting = addition:Counting\n"
-    env = install(tmp_path / "site", SOURCE, entry)
-    with forked(tmp_path, env) as commands:
-        write_plan(tmp_path, datasets={"words": {"source": "counting"}})
-        run = train(commands, tmp_path)
-        assert run.summary["val_loss"] < 6
-        assert run.read()["plan"]["datasets"]["words"]["documents_per_set"] == 200
-        write_plan(tmp_path, datasets={"words": {"source": "counting", "documents_per_sett": 2}})
-        wrong = commands.run("lmp_trainer", *TRAIN, cwd=tmp_path)
+def test_a_source(tmp_path: Path, warm: Forked) -> None:
+    site = tmp_path / "site"
+    install(site, SOURCE, "[lmplay.sources]\ncounting = addition:Counting\n")
+    write_plan(tmp_path, datasets={"words": {"source": "counting"}})
+    run = train(warm, tmp_path)
+    assert run.summary["val_loss"] < 6
+    assert run.read()["plan"]["datasets"]["words"]["documents_per_set"] == 200
+    write_plan(tmp_path, datasets={"words": {"source": "counting", "documents_per_sett": 2}})
+    wrong = warm.run("lmp_trainer", *TRAIN, cwd=tmp_path, site=site)
     assert "did you mean documents_per_set?" in wrong.stderr
     schema = "from lmplay.plan import json_schema; print(json_schema())"
-    found = subprocess.run([sys.executable, "-c", schema], env=env, capture_output=True, text=True)
+    found = warm.run("python", schema, cwd=tmp_path, site=site)
     assert "documents_per_set" in found.stdout, "editors complete it"
 
 
-def test_a_tokenizer(tmp_path: Path, command: Command) -> None:
-    entry = "[lmplay.tokenizers]\nnibbles = addition:Nibbles\n"
-    env = install(tmp_path / "site", TOKENIZER, entry)
+def test_a_tokenizer(tmp_path: Path, warm: Forked, command: Command) -> None:
+    site = tmp_path / "site"
+    install(site, TOKENIZER, "[lmplay.tokenizers]\nnibbles = addition:Nibbles\n")
     write_plan(tmp_path, tokenizer={"kind": "nibbles"})
-    with forked(tmp_path, env) as commands:
-        assert train(commands, tmp_path).read()["identity"]["config"]["vocab_size"] == 17
-        text = commands.run("lmp_generator", "the", "--max-len", "4", cwd=tmp_path)
+    assert train(warm, tmp_path).read()["identity"]["config"]["vocab_size"] == 17
+    text = warm.run("lmp_generator", "the", "--max-len", "4", cwd=tmp_path, site=site)
     assert text.returncode == 0, text.stderr
     without = command("lmp_generator", "the", "--max-len", "4")  # where it is not installed
     assert without.returncode == 1
@@ -178,23 +182,22 @@ def test_a_drawn_metric(tmp_path: Path, command: Command) -> None:
     assert isinstance(folder.curves(), pd.DataFrame)
 
 
-def test_an_optimizer(tmp_path: Path) -> None:
-    entry = "[lmplay.optimizers]\nsigns = addition:SignDescent\n"
-    env = install(tmp_path / "site", OPTIMIZER, entry)
-    with forked(tmp_path, env) as commands:
-        write_plan(tmp_path, optimizer={"name": "signs", "lr": 0.001})
-        curve = train(commands, tmp_path).curves()
-        assert curve["loss"].iloc[-1] < curve["loss"].iloc[0] - 0.1
-        write_plan(tmp_path, optimizer={"name": "signs", "dampin": 1.0})
-        wrong = commands.run("lmp_trainer", *TRAIN, cwd=tmp_path)
-        assert "unknown key (did you mean damping?)" in wrong.stderr
-        write_plan(tmp_path, optimizer={"name": "sings"})
-        unknown = commands.run("lmp_trainer", *TRAIN, cwd=tmp_path)
+def test_an_optimizer(tmp_path: Path, warm: Forked) -> None:
+    site = tmp_path / "site"
+    install(site, OPTIMIZER, "[lmplay.optimizers]\nsigns = addition:SignDescent\n")
+    write_plan(tmp_path, optimizer={"name": "signs", "lr": 0.001})
+    curve = train(warm, tmp_path).curves()
+    assert curve["loss"].iloc[-1] < curve["loss"].iloc[0] - 0.1
+    write_plan(tmp_path, optimizer={"name": "signs", "dampin": 1.0})
+    wrong = warm.run("lmp_trainer", *TRAIN, cwd=tmp_path, site=site)
+    assert "unknown key (did you mean damping?)" in wrong.stderr
+    write_plan(tmp_path, optimizer={"name": "sings"})
+    unknown = warm.run("lmp_trainer", *TRAIN, cwd=tmp_path, site=site)
     assert unknown.returncode == 1
     assert "optimizer.name" in unknown.stderr
 
 
-def test_a_broken_plugin_breaks_nothing_else(tmp_path: Path) -> None:
+def test_a_broken_plugin_breaks_nothing_else(tmp_path: Path, warm: Forked) -> None:
     groups = ("sources", "tokenizers", "optimizers")
     entries = "\n".join(f"[lmplay.{group}]\nbroken = addition:Thing" for group in groups)
     uses = {
@@ -202,12 +205,13 @@ def test_a_broken_plugin_breaks_nothing_else(tmp_path: Path) -> None:
         "tokenizer": {"kind": "broken"},
         "optimizer": {"name": "broken"},
     }
-    with forked(tmp_path, install(tmp_path / "site", "1 / 0\n", entries)) as commands:
-        write_plan(tmp_path)
-        train(commands, tmp_path)
-        for key, value in uses.items():
-            write_plan(tmp_path, **{key: value})
-            used = commands.run("lmp_trainer", *TRAIN, cwd=tmp_path)
-            assert used.returncode == 1
-            assert "its plugin cannot be loaded: addition:Thing: ZeroDivisionError" in used.stderr
-            assert len(used.stderr.strip().splitlines()) == 1, key
+    site = tmp_path / "site"
+    install(site, "1 / 0\n", entries)
+    write_plan(tmp_path)
+    train(warm, tmp_path)
+    for key, value in uses.items():
+        write_plan(tmp_path, **{key: value})
+        used = warm.run("lmp_trainer", *TRAIN, cwd=tmp_path, site=site)
+        assert used.returncode == 1
+        assert "its plugin cannot be loaded: addition:Thing: ZeroDivisionError" in used.stderr
+        assert len(used.stderr.strip().splitlines()) == 1, key

@@ -20,7 +20,8 @@ from forked import forked
 from lmplay.plan import parse_plan
 
 README = (ROOT / "README.md").read_text()
-DOCS = ("README.md", *(f"docs/{name}.md" for name in ("plans", "trials", "market", "export")))
+DOCS_OF_TEXT = ("README.md", "docs/trials.md", "docs/plans.md", "docs/export.md")
+DOCS = (*DOCS_OF_TEXT, "docs/market.md")
 NOT_RUN = {  # by a test of commands; `make demo` and `make test` are what CI runs
     "git clone REPOSITORY_URL lmplay && cd lmplay",
     "make demo",
@@ -101,13 +102,17 @@ def clone(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     return tmp_path, env
 
 
-@pytest.mark.timeout(900)  # up to twenty processes, each of which has a limit of its own
-@pytest.mark.parametrize("doc", DOCS)
-def test_commands_run_as_printed_in_their_order(doc: str, clone: tuple[Path, dict]) -> None:
+@pytest.mark.timeout(900)  # some forty processes, each of which has a limit of its own
+@pytest.mark.parametrize("docs", [DOCS_OF_TEXT, ("docs/market.md",)], ids=["text", "market"])
+def test_commands_run_as_printed_in_their_order(
+    docs: tuple[str, ...], clone: tuple[Path, dict]
+) -> None:
+    """The pages continue each other, as a reader does: a run that is finished is not trained
+    again."""
     folder, env = clone
     started: set[str] = set()  # commands that were started as a user does
     with forked(folder, env) as warm:
-        for line in commands(doc):
+        for line in (line for doc in docs for line in commands(doc)):
             # Real runs, shortened to what a test can wait for.
             short = line.replace("--training-plan laptop", "--training-plan smoke")
             short = short.replace("--minutes 5", "--minutes 0.02")
@@ -134,19 +139,8 @@ def test_commands_run_as_printed_in_their_order(doc: str, clone: tuple[Path, dic
             )
             if line.startswith("lmp_new "):
                 make_the_documented_change(folder / "experiments" / "my_idea.py")
-    if doc == "README.md":
+    if "README.md" in docs:
         assert (folder / "plots" / "log_diff_loss.png").exists()
-
-
-def run_script(script: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(script)],
-        cwd=script.parent,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.mark.timeout(600)

@@ -100,7 +100,7 @@ def test_a_signal_saves_says_how_to_go_on_and_the_same_command_does(
     tmp_path: Path, signum: signal.Signals, status: int
 ) -> None:
     validation = {"fraction": 0.1, "tokens": 512, "every_tokens": 10_240, "sample_prompt": "the "}
-    write_plan(tmp_path, steps=[{"datasets": ["words"], "steps": 400}], validation=validation)
+    write_plan(tmp_path, steps=[{"datasets": ["words"], "steps": 200}], validation=validation)
     arguments = [*TRAIN, "--training-plan", "tiny.json", "--mini-batch-size", "4"]
     process = subprocess.Popen(
         arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -120,7 +120,7 @@ def test_a_signal_saves_says_how_to_go_on_and_the_same_command_does(
     again = run_command("lmp_trainer", *arguments[3:], cwd=tmp_path)
     assert again.returncode == 0
     assert f"resuming gpt_out/tiny/gpt2ish-s0 at step {done}" in again.stdout
-    assert len(read_curve(train)) == 400
+    assert len(read_curve(train)) == 200
 
 
 def test_mini_batch_size_changes_rounding_only(tmp_path: Path) -> None:
