@@ -57,6 +57,8 @@ def choose(
             logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty
         )
         logits = torch.where(seen, penalised, logits)
+    if not torch.isfinite(logits.amax(-1)).all():  # NaN, or no token is possible
+        raise LmplayError("the model's logits are not finite: its weights are damaged or diverged")
     if not how.do_sample:
         return logits.argmax(-1)
     logits = (

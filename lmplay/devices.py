@@ -118,6 +118,25 @@ def pick_precision(device: torch.device, amp: bool) -> Precision:
     )
 
 
+def check_compiler(device: torch.device) -> None:
+    """Check that torch.compile has the C++ compiler that it needs on a CPU.
+
+    Raises:
+        LmplayError: there is none.
+    """
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError) as e:
+        raise LmplayError(
+            "--compile-model: torch finds no C++ compiler: install g++ or clang, or set CXX to one"
+        ) from e
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """Return the peak memory in MB: of the CUDA allocator, or of this process."""
     import torch

@@ -13,6 +13,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ def _missing_import(tree: ast.Module, api_names: set[str]) -> str:
             continue
         for name in wanted:
             top = name.split(".")[0]
-            if top not in sys.modules and importlib.util.find_spec(top) is None:
+            if top not in sys.modules and not _exists(top):
                 return f"line {node.lineno}: no module named {top} (pip install {top}?)"
         if isinstance(node, ast.ImportFrom) and node.module == "lmplay.api":
             for alias in node.names:
@@ -87,10 +88,31 @@ def _missing_import(tree: ast.Module, api_names: set[str]) -> str:
     return ""
 
 
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a module without a spec
+        return False
+
+
 def _api_names() -> set[str]:
     tree = ast.parse((Path(__file__).parent / "api.py").read_text(encoding="utf-8"))
     exported = ast.literal_eval(_names(tree)["__all__"])
     return {*exported, *OLD_API_NAMES}
+
+
+def _malformed(variants: Any, baseline: Any) -> str:
+    """Return what is wrong with VARIANTS or BASELINE; "" if nothing is."""
+    if not isinstance(baseline, str) or not baseline:
+        return "BASELINE must be the name of a variant"
+    if not isinstance(variants, dict) or not variants:
+        return "VARIANTS must map names to dicts of Config fields"
+    for name, settings in variants.items():
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+            return f"VARIANTS: {name!r} is no name (letters, digits and _ . + -)"
+        if not isinstance(settings, dict) or not all(isinstance(k, str) for k in settings):
+            return f"VARIANTS: {name} must be a dict of Config fields"
+    return ""
 
 
 def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> ExperimentFile:
@@ -99,8 +121,8 @@ def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> E
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     except SyntaxError as e:
         return ExperimentFile(path, origin, broken=f"line {e.lineno}: {e.msg}")
-    except (OSError, UnicodeDecodeError) as e:
-        return ExperimentFile(path, origin, broken=str(e))
+    except (OSError, ValueError, RecursionError, MemoryError) as e:  # whatever a text can cause
+        return ExperimentFile(path, origin, broken=str(e) or type(e).__name__)
     doc = ast.get_docstring(tree) or ""
     names = _names(tree)
     missing = [name for name in REQUIRED if name not in names]
@@ -109,14 +131,12 @@ def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> E
     try:
         variants = ast.literal_eval(names["VARIANTS"])
         baseline = ast.literal_eval(names["BASELINE"])
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError, MemoryError):
         return ExperimentFile(
             path, origin, doc, broken="VARIANTS and BASELINE must be written out, without computing"
         )
-    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
-        return ExperimentFile(
-            path, origin, doc, broken="VARIANTS must map names to dicts of Config fields"
-        )
+    if broken := _malformed(variants, baseline):
+        return ExperimentFile(path, origin, doc, broken=broken)
     config = names["Config"]
     body = config.body if isinstance(config, ast.ClassDef) else []
     fields = tuple(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import fnmatch
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from .errors import LmplayError
 
 
 def _temporary(path: Path) -> Path:
@@ -43,7 +47,8 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder next to `path`, and rename it to `path` on success.
 
     All files are synced before the rename. On an exception the temporary folder is deleted. If the
-    block itself deletes the folder, nothing is renamed.
+    block itself deletes the folder, nothing is renamed. Temporary folders that killed processes
+    left next to `path` are deleted first.
 
     Args:
         replace: an existing `path` is deleted once the new one is in its place.
@@ -52,8 +57,9 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         OSError: the folder cannot be written, or `path` exists and `replace` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent)
     temporary = _temporary(path)
-    temporary.mkdir()
+    lock = _make_locked(temporary)
     try:
         yield temporary
         if not temporary.exists():
@@ -71,7 +77,71 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_locked(folder: Path) -> int:
+    """Create a folder and lock it, so that others see that its owner is alive.
+
+    Returns:
+        A descriptor. Closing it, as the end of the process does, gives up the lock.
+    """
+    while True:
+        folder.mkdir()
+        descriptor = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # some network file systems cannot lock folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if folder.exists():  # nobody took it for abandoned before it was locked
+            return descriptor
+        os.close(descriptor)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete the temporary folders of :func:`atomic_folder` whose owner was killed."""
+    for left in folder.glob(".*.tmp*"):
+        try:
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # a file, a link, or gone meanwhile
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except OSError:  # its owner is alive, or the file system cannot tell
+            pass
+        finally:
+            os.close(descriptor)
+
+
+def open_own(path: Path, mode: str) -> IO[str]:
+    """Open a text file for writing or appending, but not through a symbolic link.
+
+    A run's folder may come from elsewhere, and a link in it may lead to any file of the user's.
+
+    Raises:
+        LmplayError: it is a symbolic link.
+        OSError: it cannot be opened.
+    """
+    if path.is_symlink():
+        raise LmplayError(f"{path} is a symbolic link: it is not written through; remove it")
+    flags = {"w": os.O_TRUNC, "a": os.O_APPEND}[mode]
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
+    return open(descriptor, mode, encoding="utf-8")
+
+
+def below(root: Path, pattern: str) -> list[Path]:
+    """Return the files whose names match, in a folder and below it, also through links."""
+    found = []
+    seen: set[str] = set()  # a link may lead to a folder above it, or to one that was visited
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [Path(folder) / name for name in fnmatch.filter(names, pattern)]
+    return found
 
 
 def sync_file(path: Path) -> None:
@@ -102,3 +172,20 @@ def write_json(path: Path, content: Any) -> None:
         ValueError: a number is infinite or NaN, which JSON cannot hold. The old file stays.
     """
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Read JSON that must be a `kind`.
+
+    Raises:
+        ValueError: it is no JSON, or of another kind.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+    if not isinstance(content, kind):
+        wanted = "an object" if kind is dict else "a list"
+        raise ValueError(f"it holds {type(content).__name__} where {wanted} belongs")
+    return content

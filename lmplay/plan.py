@@ -60,11 +60,12 @@ else:
 class ModelSizes(Strict):
     """Model sizes, for every experiment whose Config has the field."""
 
-    num_blocks: int | None = Field(None, gt=0)
-    embed_dim: int | None = Field(None, gt=0)
-    num_heads: int | None = Field(None, gt=0)
-    num_kv_heads: int | None = Field(None, gt=0)
-    max_len: int | None = Field(None, gt=0)
+    # The limits are far above what runs anywhere; they catch a slip of the keyboard at once.
+    num_blocks: int | None = Field(None, gt=0, le=10_000)
+    embed_dim: int | None = Field(None, gt=0, le=2**20)
+    num_heads: int | None = Field(None, gt=0, le=2**16)
+    num_kv_heads: int | None = Field(None, gt=0, le=2**16)
+    max_len: int | None = Field(None, gt=0, le=2**26)
     dropout: float | None = Field(None, ge=0, lt=1)
 
 
@@ -80,7 +81,7 @@ class Schedule(Strict):
 class BatchSpec(Strict):
     """Size of an optimizer step, and clipping."""
 
-    batch_size: int = Field(50, gt=0, description="sequences in one optimizer step")
+    batch_size: int = Field(50, gt=0, le=2**20, description="sequences in one optimizer step")
     grad_clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
 
 
@@ -166,6 +167,7 @@ class Plan(Strict):
         content = self.model_dump(mode="json", exclude={"description"})
         for name, source in self.datasets.items():
             content["datasets"][name] = source.identity()
+        content["tokenizer"] = self.tokenizer.identity()
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -253,14 +255,32 @@ def load_plan(path: Path) -> Plan:
         LmplayError: the file is not JSON, or a key or value is wrong; the message names it.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except _RepeatedKeyError as e:
+        raise LmplayError(f"{path}: {e}") from e
+    except RecursionError as e:
+        raise LmplayError(f"{path}: it is nested too deeply for a plan") from e
     except json.JSONDecodeError as e:
         raise LmplayError(f"{path}: line {e.lineno}: this is not JSON: {e.msg}") from e
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:  # among them UnicodeDecodeError
         raise LmplayError(f"{path}: it cannot be read: {e}") from e
     plan = parse_plan(raw, str(path))
     located = {name: source.relative_to(path.parent) for name, source in plan.datasets.items()}
-    return plan.model_copy(update={"datasets": located})
+    tokenizer = plan.tokenizer.relative_to(path.parent)
+    return plan.model_copy(update={"datasets": located, "tokenizer": tokenizer})
+
+
+class _RepeatedKeyError(Exception):
+    """A key is twice in one object, which JSON readers resolve in different ways."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _RepeatedKeyError(f"the key {twice} appears twice in one object; keep one")
+    return content
 
 
 def parse_plan(raw: Any, where: str) -> Plan:

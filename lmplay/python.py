@@ -142,12 +142,16 @@ def compare(
 
 
 def load(
-    model: Path | str | None = None, out: Path | str = "gpt_out", device: str = "auto"
+    model: Path | str | None = None,
+    out: Path | str = "gpt_out",
+    device: str = "auto",
+    trust: bool = False,
 ) -> Restored:
     """Load a trained model, folded, for use: its runner, model and tokenizer.
 
     Args:
         model: a run's folder or a checkpoint's. Default: the newest run below `out`.
+        trust: execute the source in the run's folder also if it is from elsewhere.
 
     Raises:
         LmplayError: there is no such run, or it cannot be loaded.
@@ -164,7 +168,7 @@ def load(
         print(text, file=sys.stderr)
 
     path = None if model is None else Path(model)
-    restored = restore(*locate(path, Path(out), note, "--model"))
+    restored = restore(*locate(path, Path(out), note, "--model"), trust)
     on_device = restored.model.to(chosen)
     folded = on_device if restored.folded else restored.runner.fold(on_device)
     return replace(restored, model=folded, folded=True)
@@ -223,6 +227,7 @@ def generate(
     seed: int = 0,
     device: str = "auto",
     out: Path | str = "gpt_out",
+    trust: bool = False,
 ) -> list[str]:
     """Return `num_samples` texts that begin with the prompt.
 
@@ -230,6 +235,7 @@ def generate(
         model: a run's folder or a checkpoint's. Default: the newest run below `out`.
         max_len: new tokens at most.
         do_sample: draw tokens; otherwise take the most likely one.
+        trust: execute the source in the run's folder also if it is from elsewhere.
 
     Raises:
         LmplayError: there is no such run, or a value is out of range.
@@ -238,7 +244,7 @@ def generate(
     from .decoding import Sampling
 
     sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
-    restored = load(model, out, device)
+    restored = load(model, out, device, trust)
     texts = [prompt] * num_samples
     for pieces in stream(prompt, restored, sampling, max_len, num_samples, seed):
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]

@@ -83,11 +83,6 @@ def command(tmp_path: Path) -> Command:
     return run
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests begin first, so that no worker is left with one of them at the end."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
-
-
 WORDS = (
     "the",
     "quick",

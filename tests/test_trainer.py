@@ -70,7 +70,7 @@ def test_killed_at_random_moments_and_resumed_it_is_equal_to_the_bit(tmp_path: P
         "--save-minutes",
         "0",
     ]
-    whole = run_command("lmp_trainer", *arguments, cwd=folders[0])
+    whole = call_command("lmp_trainer", *arguments, cwd=folders[0])
     assert whole.returncode == 0, whole.stderr
     dice = random.Random(5)
     kills = 0
@@ -117,7 +117,7 @@ def test_a_signal_saves_says_how_to_go_on_and_the_same_command_does(
     found = checkpoint.newest(train.parent / "checkpoints", print)
     assert found is not None
     assert found.step == done
-    again = run_command("lmp_trainer", *arguments[3:], cwd=tmp_path)
+    again = call_command("lmp_trainer", *arguments[3:], cwd=tmp_path)
     assert again.returncode == 0
     assert f"resuming gpt_out/tiny/gpt2ish-s0 at step {done}" in again.stdout
     assert len(read_curve(train)) == 200

@@ -8,7 +8,6 @@ One module, because figures and the page must read, align and smooth curves in o
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -22,7 +21,9 @@ import pandas as pd
 
 from ..discover import default_baseline
 from ..errors import LmplayError, did_you_mean
+from ..files import below
 from ..training.curves import TRAIN, read_curve
+from ..training.record import read_record
 
 X_COLUMNS = {"tokens": "tokens", "steps": "step", "flops": "flops", "seconds": "seconds"}
 METRICS = ("loss", "bpb", "accuracy")
@@ -92,7 +93,7 @@ def collect(
             if folder.name == f"{kind}.csv" or folder.name.endswith(ORIGINAL_SUFFIXES[kind]):
                 paths.append(folder)
             continue
-        for p in folder.rglob(f"{kind}.csv"):
+        for p in below(folder, f"{kind}.csv"):
             if not (p.parent / "run.json").exists() or "~" in p.parent.name:
                 continue
             above = p.relative_to(folder).parts[-3:]
@@ -100,7 +101,7 @@ def collect(
                 of_trials += 1
             else:
                 paths.append(p)
-        paths += list(folder.rglob(f"*{ORIGINAL_SUFFIXES[kind]}"))
+        paths += below(folder, f"*{ORIGINAL_SUFFIXES[kind]}")
     paths = sorted(set(paths), key=lambda p: (p.stat().st_mtime, str(p)))
     # What all others are compared with is often the oldest of them.
     dropped = [p for p in paths[:-max_files] if not _of_baseline(p)]
@@ -125,10 +126,10 @@ def collect(
 def _of_baseline(path: Path) -> bool:
     """Return whether a curve is of an unchanged baseline, by its run.json."""
     try:
-        record = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
-        is_baseline = record["identity"]["variant"] == record["baseline"]
+        record = read_record(path.parent / "run.json")
+        is_baseline = record["identity"]["variant"] == record.get("baseline")
         return is_baseline and not record.get("overrides")
-    except (OSError, ValueError, KeyError, TypeError):  # reported when the curve is read
+    except (OSError, ValueError):  # reported when the curve is read
         return False
 
 
@@ -148,19 +149,19 @@ def own_curve(path: Path) -> RunCurve:
         LmplayError: the curve or its run.json cannot be read.
     """
     try:
-        run = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
+        run = read_record(path.parent / "run.json")
         identity = run["identity"]
         return RunCurve(
             path.parent.name,
             str(run["plan_name"]),
             # a plan names its files; what is in them may change
             f"{identity['plan']}-{identity.get('data', '')}",
-            str(run.get("label", identity["variant"])),
+            str(run.get("label") or identity["variant"]),
             path,
             read_curve(path),
             run,
         )
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError) as e:
         raise LmplayError(f"{path.parent}: its run.json cannot be read: {e}") from e
 
 
@@ -380,6 +381,36 @@ def final_table(curves: Sequence[RunCurve], partner: dict[Path, RunCurve]) -> pd
     return pd.DataFrame(rows)
 
 
+def settings_table(
+    curves: Sequence[RunCurve], table: pd.DataFrame, coverage: float = COVERAGE
+) -> pd.DataFrame:
+    """Return one row per setting: the mean over its seeds, and half of its interval (Student's t).
+
+    Args:
+        table: of :func:`final_table`, for the same curves.
+
+    Returns:
+        Columns plan, run (the setting), seeds, loss, loss_interval, loss_difference,
+        loss_difference_interval. Intervals of a single seed are NaN.
+    """
+    rows = []
+    finals = table.set_index("run")
+    for family, seeds in families(curves).items():
+        own = finals.loc[[c.name for c in seeds]]
+        row: dict[str, Any] = {"plan": seeds[0].plan, "run": family, "seeds": len(seeds)}
+        for column in ("loss", "loss_difference"):
+            values = own[column].dropna().astype(float) if column in own else pd.Series(dtype=float)
+            if column == "loss_difference" and "to" in own:  # not of the baseline to itself
+                values = values[own.loc[values.index, "to"] != values.index]
+            half = math.nan
+            if len(values) > 1:
+                half = _quantile(len(values), coverage) * values.std() / math.sqrt(len(values))
+            row[column] = values.mean() if len(values) else math.nan
+            row[f"{column}_interval"] = half
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def seeds_note(curves: Sequence[RunCurve]) -> str:
     """Return a note about settings with a single seed, or ""."""
     alone = [family for family, seeds in families(curves).items() if len(seeds) == 1]
@@ -404,6 +435,10 @@ class Comparison:
     def table(self) -> pd.DataFrame:
         """Return one row per run, as :func:`final_table`."""
         return final_table(self.curves, self.partner)
+
+    def settings(self) -> pd.DataFrame:
+        """Return one row per setting, as :func:`settings_table`."""
+        return settings_table(self.curves, self.table())
 
 
 def compare_runs(curves: Sequence[RunCurve], target: str | None = None) -> list[Comparison]:

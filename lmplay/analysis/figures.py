@@ -6,6 +6,7 @@ One module, because all figures share their style, their colors and their titles
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
     from ..training.lr_finder import Range
 
 MAX_CURVES = len(COLORS)  # settings in a figure of curves; more are drawn as dots
-MAX_BANDS = 6  # more bands hide one another and the curves
+MAX_BANDS = len(COLORS)  # more bands hide one another and the curves
+MAX_FAINT = 3  # settings whose single seeds are drawn; with more, mean and band say enough
+MAX_POINTS = 400  # of a curve in a figure, which is about as wide in pixels
+TITLE_WIDTH = 100  # characters
+MAX_MARKED = 60  # points that get a marker each
 DASHES = ("-", "--", "-.", ":")  # only if more curves than colors are requested
 THEMES = {
     "light": {"ground": "#ffffff", "text": "#222222", "grid": "#e3e3e3"},
@@ -143,9 +148,9 @@ def draw(path: Path, comparison: Comparison, metric: str, style: Style, diff: bo
     dots = style.form == "dots" or (style.form == "auto" and len(groups) > MAX_CURVES)
     with plt.rc_context(_settings(THEMES[style.theme])):
         figure = _draw_dots(content) if dots else _draw_curves(content)
-        figure.suptitle(
-            title(content), x=0.01, ha="left", fontsize=12.5, fontweight="bold", wrap=True
-        )
+        # matplotlib's own wrapping reads $ as math whatever its settings say.
+        lines = "\n".join(textwrap.wrap(title(content), TITLE_WIDTH))
+        figure.suptitle(lines, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
         _save(figure, path)
     return True
 
@@ -182,27 +187,26 @@ def _claim(group: Group) -> str:
 def _draw_curves(content: Content) -> Any:
     """Draw each run over x, with the seeds' mean and interval."""
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import EngFormatter, PercentFormatter
+    from matplotlib.ticker import PercentFormatter
 
     style = content.style
     metric = content.metric
     figure, ax = plt.subplots(figsize=(10, 6), dpi=120, layout="constrained")
-    banded = sum(group.band is not None for group in content.groups) <= MAX_BANDS
+    several = sum(group.band is not None for group in content.groups)
+    banded = several <= MAX_BANDS
+    faint = several <= MAX_FAINT
     if content.null is not None:
         half = content.null.half
-        ax.fill_between(content.null.x, -half, half, color=GREY, alpha=0.22, lw=0, zorder=0.5)
+        x, low, high = thinned(content.null.x, -half, half)
+        ax.fill_between(x, low, high, color=GREY, alpha=0.22, lw=0, zorder=0.5)
     looks = looks_of(content.groups, content.comparison.baseline)
     for group in content.groups:
-        _draw_group(ax, group, *looks[group.name], banded)
+        _draw_group(ax, group, *looks[group.name], banded, faint)
     lines = [line for group in content.groups for line in group.lines]
     shortest = min(line.x[-1] for line in lines)
     positive = [line.x[line.x > 0][0] for line in lines if (line.x > 0).any()]
     left = max(min(positive, default=1.0), style.min_show * shortest)
-    ax.set_xscale("log")
-    ax.set_xlim(left, max(line.x[-1] for line in lines) * 1.02)
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.xaxis.set_minor_formatter(EngFormatter(sep=""))
-    _thin_minor_labels(ax)
+    _log_x(ax, left, max(line.x[-1] for line in lines))
     _fit_y(ax, content, left, banded)
     if metric == "accuracy":
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
@@ -219,15 +223,29 @@ def _draw_curves(content: Content) -> Any:
     return figure
 
 
-def _draw_group(ax: Any, group: Group, color: str, dash: str, banded: bool) -> None:
-    """Draw the seeds of one setting, and their mean with its band, or the longest run."""
+def thinned(x: np.ndarray, *ys: np.ndarray) -> list[np.ndarray]:
+    """Return x and each y (n,) without points that a figure cannot show, evenly on a log axis.
+
+    The first and last points stay.
+    """
+    if len(x) <= MAX_POINTS:
+        return [x, *ys]
+    start = max(float(x[x > 0][0]), float(x[-1]) * 1e-9) if (x > 0).any() else 1.0
+    wanted = np.geomspace(start, float(x[-1]), MAX_POINTS)
+    keep = np.unique([0, *np.searchsorted(x, wanted).clip(max=len(x) - 1), len(x) - 1])
+    return [x[keep], *(y[keep] for y in ys)]
+
+
+def _draw_group(ax: Any, group: Group, color: str, dash: str, banded: bool, faint: bool) -> None:
+    """Draw the seeds of one setting (if `faint`), and their mean with its band, or the longest
+    run."""
     for line in group.lines:
         if line.raw is not None:
-            ax.plot(line.x, line.raw, color=color, alpha=0.25, lw=0.8)
-        if group.band is not None:
-            ax.plot(line.x, line.y, color=color, alpha=0.4, lw=0.7)
-        elif len(group.lines) > 1:
-            ax.plot(line.x, line.y, color=color, ls=dash, lw=1)
+            ax.plot(*thinned(line.x, line.raw), color=color, alpha=0.25, lw=0.8)
+        if group.band is not None and faint:
+            ax.plot(*thinned(line.x, line.y), color=color, alpha=0.4, lw=0.7)
+        elif group.band is None and len(group.lines) > 1:
+            ax.plot(*thinned(line.x, line.y), color=color, ls=dash, lw=1)
     x = group.longest.x
     y = group.longest.y
     if group.band is not None:
@@ -235,9 +253,10 @@ def _draw_group(ax: Any, group: Group, color: str, dash: str, banded: bool) -> N
         y = group.band.mean
         if banded:
             half = group.band.half
-            ax.fill_between(x, y - half, y + half, color=color, alpha=0.12, lw=0)
-    marker = "o" if len(x) <= 60 else None  # at the validations
-    ax.plot(x, y, color=color, ls=dash, lw=1.8, marker=marker, ms=3)
+            places, low, high = thinned(x, y - half, y + half)
+            ax.fill_between(places, low, high, color=color, alpha=0.12, lw=0)
+    is_short = len(x) <= MAX_MARKED
+    ax.plot(*thinned(x, y), color=color, ls=dash, lw=1.8, marker="o" if is_short else None, ms=3.5)
 
 
 def _draw_dots(content: Content) -> Any:
@@ -436,17 +455,20 @@ def _null(comparison: Comparison, metric: str, style: Style) -> Band | None:
 def _fit_y(ax: Any, content: Content, left: float, banded: bool) -> None:
     """Fit the y axis to what is visible: curves and bands. A difference keeps 0 in sight.
 
-    The first points of a difference may be wild and may leave the figure.
+    The first points of a difference's single runs may be wild and may leave the figure; a mean and
+    its band do not.
     """
     lines = [line for group in content.groups for line in group.lines]
     visible = [line.y[line.x >= left] for line in lines]
+    bands = [np.zeros(1)]
     if banded:
         for group in content.groups:
             if group.band is not None:
                 inside = group.band.x >= left
                 mean = group.band.mean[inside]
                 half = group.band.half[inside]
-                visible += [mean - half, mean + half]
+                bands += [mean - half, mean + half]
+    visible += [] if content.diff else bands[1:]
     values = np.concatenate(visible)
     values = values[np.isfinite(values)]
     if not len(values):
@@ -456,8 +478,10 @@ def _fit_y(ax: Any, content: Content, left: float, banded: bool) -> None:
     if content.diff:
         late = np.concatenate([line.y[len(line.y) // 3 :] for line in lines])
         spread = max(1e-9, float(np.abs(late[np.isfinite(late)]).max(initial=0)))
-        low = min(max(low, -3 * spread), 0.0)
-        high = max(min(high, 3 * spread), 0.0)
+        around = np.concatenate(bands)
+        around = around[np.isfinite(around)]
+        low = min(max(low, -3 * spread), float(around.min()))
+        high = max(min(high, 3 * spread), float(around.max()))
     elif content.metric == "loss" and low > 0:
         _log_y(ax, low / 1.03, high * 1.03)
         return
@@ -481,22 +505,38 @@ def _log_y(ax: Any, low: float, high: float) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _thin_minor_labels(ax: Any) -> None:
-    """Label 2 and 5 between powers of ten, if there are few of these."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+def _log_x(ax: Any, low: float, high: float) -> None:
+    """Make the x axis logarithmic, with round ticks such as 6k, 10k, 20k that do not collide."""
+    from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
-    low, high = ax.get_xlim()
-    decades = math.log10(high / low) if low > 0 else 9
-    if decades > 3:
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        ax.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    if high <= low * 1.001:  # one point
+        low, high = low / 1.5, high * 1.5
+    ax.set_xscale("log")
+    room = (high / low) ** 0.01
+    ax.set_xlim(low if room > 1.01 else low / room, high * room)
+    ax.xaxis.set_major_locator(FixedLocator(round_ticks(low, high)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """Return four to nine round numbers in [low, high], or all powers of ten if these are many."""
+    first = math.floor(math.log10(low))
+    decades = [10.0**n for n in range(first, math.ceil(math.log10(high)) + 1)]
+    ticks: list[float] = []
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8), tuple(n / 2 for n in range(2, 20))):
+        ticks = [d * m for d in decades for m in digits if low <= d * m * 1.0001 <= high * 1.0002]
+        if len(ticks) >= 4:
+            break
+    return ticks[:: math.ceil(len(ticks) / 9)]
 
 
 def _label_ends(ax: Any, groups: Sequence[Group], looks: dict[str, tuple[str, str]]) -> None:
     """Write name and last value at the end of each curve, moved apart where they would overlap."""
     height = ax.get_window_extent().height or 1.0
     signed = ax.get_ylim()[0] < 0
+    # Figures of one comparison may have other seeds: a difference needs a partner for each.
+    counts = {group.band.seeds if group.band is not None else 1 for group in groups}
     ends = []
     for group in groups:
         x = group.band.x if group.band is not None else group.longest.x
@@ -505,6 +545,7 @@ def _label_ends(ax: Any, groups: Sequence[Group], looks: dict[str, tuple[str, st
     for at, group, end in sorted(ends, key=lambda e: e[0]):
         below = max(at, below + 0.042 * float(height))
         value = f"{group.end:+.4f}" if signed else f"{group.end:.4f}"
+        value += f" ({group.seeds})" if len(counts) > 1 else ""
         ax.annotate(
             f"{group.name}  {value}",
             (end, group.end),

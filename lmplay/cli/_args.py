@@ -63,6 +63,21 @@ def add_amp(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="execute the source in the run's folder although it comes from elsewhere",
+    )
+
+
+def add_threads(parser: argparse.ArgumentParser, default: str = "all cores") -> None:
+    """Add --threads. The command calls :func:`lmplay.threads.use` before it imports torch."""
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help=f"CPU threads ({default})"
+    )
+
+
 def add_out(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Add --out, the folder for runs."""
     parser.add_argument(

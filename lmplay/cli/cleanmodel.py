@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from .. import threads
 from . import _args, run_command
 
 EPILOG = """formats:
@@ -31,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
         help="a folder, for gguf a file (next to the run)",
     )
     p.add_argument("--format", choices=FORMATS, default="lmplay")
+    _args.add_trust(p)
     _args.add_device(p)
+    _args.add_threads(p)
     return p
 
 
@@ -44,12 +47,13 @@ def command(args: argparse.Namespace) -> int:
     from ..devices import tune_memory
 
     tune_memory()  # before torch is imported
+    threads.use(args.threads)
     from ..export.export import export
     from ..training.progress import Reporter, make_console
     from ..training.restore import locate, restore
 
     reporter = Reporter(make_console())
-    restored = restore(*locate(args.run, Path(), reporter.note, "RUN"))
+    restored = restore(*locate(args.run, Path(), reporter.note, "RUN"), args.trust)
     out = export(restored, args.out, args.format, args.device, reporter, print)
     print(f"written: {out}")
     return 0

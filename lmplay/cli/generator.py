@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from .. import threads
 from ..errors import LmplayError
 from . import _args, run_command
 
@@ -50,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "--num-samples", type=_args.positive_int, default=1, metavar="N", help="texts in one batch"
     )
     p.add_argument("--seed", type=_args.seed, default=0, help="of the draws (0)")
+    _args.add_trust(p)
     _args.add_device(p)
+    _args.add_threads(p)
     _args.add_out(p, "where the newest run is looked for")
     return p
 
@@ -65,6 +68,7 @@ def command(args: argparse.Namespace) -> int:
     from ..devices import tune_memory
 
     tune_memory()  # before torch is imported
+    threads.use(args.threads)
     from .. import python
     from ..decoding import Sampling
 
@@ -78,7 +82,7 @@ def command(args: argparse.Namespace) -> int:
         args.do_sample, args.temperature, args.top_k, args.top_p, args.repetition_penalty
     )
     prompt = read_prompt(args.prompt)
-    restored = python.load(args.model, args.out, args.device)
+    restored = python.load(args.model, args.out, args.device, args.trust)
     pieces = python.stream(prompt, restored, sampling, args.max_len, args.num_samples, args.seed)
     if args.num_samples == 1:
         print(prompt, end="", flush=True)

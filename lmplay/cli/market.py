@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import threads
 from ..errors import LmplayError
 from . import _args, run_command
 
@@ -108,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="(generated_market)",
     )
+    for s in commands.choices.values():
+        _args.add_threads(s)
     return p
 
 
@@ -122,6 +125,7 @@ def _add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ticker", metavar="NAME", help="a ticker of the data (the first)")
     _args.add_overrides(p, "a setting of the trained model that keeps its weights, as sink=false")
     _args.add_device(p)
+    _args.add_trust(p)
     _args.add_out(p, "where the newest run is looked for")
 
 
@@ -134,7 +138,12 @@ def main(argv: list[str] | None = None) -> int:
         "generate": generate,
     }
     hint = "fewer --markets or --streams"
-    return run_command("lmp_market", lambda: commands[args.what](args), hint)
+
+    def command() -> int:
+        threads.use(args.threads)  # before torch is imported
+        return commands[args.what](args)
+
+    return run_command("lmp_market", command, hint)
 
 
 def _load(args: argparse.Namespace) -> tuple[Restored, Messages, RecordedSession]:
@@ -145,7 +154,9 @@ def _load(args: argparse.Namespace) -> tuple[Restored, Messages, RecordedSession
     from ..market.trained import held_out_session, load_trained
 
     overrides = _args.parse_overrides(args.overrides)
-    restored, messages = load_trained(args.model, args.out, args.device, overrides, _note)
+    restored, messages = load_trained(
+        args.model, args.out, args.device, overrides, _note, args.trust
+    )
     session = held_out_session(restored, messages, args.training_plan, args.ticker, _note)
     return restored, messages, session
 

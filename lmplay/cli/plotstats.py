@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import threads
 from ..errors import LmplayError
 from . import _args, run_command
 
@@ -34,8 +35,9 @@ def parser() -> argparse.ArgumentParser:
         "folders", nargs="*", type=Path, metavar="FOLDER", help="where runs are (gpt_out)"
     )
     p.add_argument(
-        "--out", type=Path, default=Path("."), metavar="FOLDER", help="where figures go (.)"
+        "--out", type=Path, metavar="FOLDER", help="where figures go (plots, in the first FOLDER)"
     )
+    _args.add_threads(p)
     p.add_argument("--out-type", choices=("png", "jpg", "svg", "pdf"), default="png")
     p.add_argument(
         "--x",
@@ -81,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(args: argparse.Namespace) -> int:
+    threads.use(args.threads)
     if args.max_files is None:
         args.max_files = 200 if args.html or args.serve else 20
     if args.max_files < 1 or not 0 <= args.min_show < 1:
@@ -110,6 +113,7 @@ def make_figures(args: argparse.Namespace) -> int:
     console = make_console()
     kind = "train" if args.plot_train else "validate"
     folders = args.folders or [Path("gpt_out")]
+    out = args.out or plots_folder(folders[0])
     curves, left_out = collect(folders, kind, args.max_files)
     for line in left_out:
         print(line)
@@ -131,14 +135,16 @@ def make_figures(args: argparse.Namespace) -> int:
     logged = logged_curves(args, folders)
     tables = []
     for comparison in comparisons:
-        folder = args.out
+        folder = out
         if len(comparisons) > 1:
-            folder = args.out / folder_name(comparison, comparisons)
+            folder = out / folder_name(comparison, comparisons)
         key = (comparison.plan, comparison.fingerprint)
         written = draw_all(comparison, logged.get(key), folder, args.out_type, style)
-        tables.append(comparison.table())
-        report(comparison, tables[-1], written, args.x, console)
-    path = args.out / "final.csv"
+        table = comparison.table()
+        settings = comparison.settings()
+        tables += [table.assign(kind="run"), settings.assign(kind="setting")]
+        report(comparison, table, settings, written, args.x, console)
+    path = out / "final.csv"
     with atomic_write(path) as temporary:
         pd.concat(tables).to_csv(temporary, index=False)
     print(path)
@@ -180,10 +186,20 @@ def draw_all(
     return written
 
 
+def plots_folder(folder: Path) -> Path:
+    """Return where figures go without --out: with the runs, where no files of a user's are."""
+    return (folder if folder.is_dir() else folder.parent) / "plots"
+
+
 def report(
-    comparison: Comparison, table: pd.DataFrame, written: list[Path], x: str, console: Console
+    comparison: Comparison,
+    table: pd.DataFrame,
+    settings: pd.DataFrame,
+    written: list[Path],
+    x: str,
+    console: Console,
 ) -> None:
-    """Print the table, what it says, and the files."""
+    """Print the tables, what they say, and the files."""
     from ..analysis.compare import baseline_names, seeds_note
 
     plan = comparison.plan
@@ -191,6 +207,9 @@ def report(
         baseline = comparison.baseline.variant if comparison.baseline else ""
         print(f"{curve.name}: no run of {baseline} has its seed; it is in no figure of differences")
     show(table, plan, console)
+    if (settings["seeds"] > 1).any():
+        several = settings.rename(columns={"run": "setting"})
+        show(several, f"{plan}: means over seeds, ± half of the 95 % interval", console)
     for sentence in sentences(table):
         print(sentence)
     if note := seeds_note(comparison.curves):
@@ -275,7 +294,7 @@ def show(table: pd.DataFrame, plan: str, console: Console) -> None:
 
     drawn = Table(title=escape(plan), title_justify="left", box=None, pad_edge=False)
     for column in table.columns[1:]:
-        justify: Any = "left" if column in ("run", "to") else "right"
+        justify: Any = "left" if column in ("run", "setting", "to") else "right"
         drawn.add_column(column.replace("_", " "), justify=justify)
     for row in table.itertuples(index=False):
         cells = zip(table.columns[1:], row[1:], strict=True)
@@ -288,6 +307,8 @@ def cell(column: str, value: object) -> str:
 
     if not isinstance(value, str) and pd.isna(value):  # type: ignore[call-overload]
         return "-"
+    if column.endswith("_interval"):
+        return f"± {value:.4f}"
     if column == "loss_difference":
         return f"{value:+.4f}"
     if column in ("loss", "bpb", "accuracy"):

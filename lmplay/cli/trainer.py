@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import threads
 from ..discover import ExperimentFile, default_baseline, find, find_baseline, list_sources
 from ..errors import LmplayError
 from . import _args, run_command
@@ -19,7 +20,7 @@ from . import _args, run_command
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..training.progress import Reporter
+    from ..training.progress import Output, Reporter
     from ..training.run import Job, PreparedRun
 
 EPILOG = """examples:
@@ -41,7 +42,17 @@ TRACKERS = ("wandb", "trackio", "tensorboard")
 RANGE_STEPS = 150  # of --find-lr without --steps
 
 # Modes that do not train, and the options that they would ignore.
-_RUN_OPTIONS = ("match", "initial_model", "log", "fresh", "tokens", "minutes", "save_minutes")
+_RUN_OPTIONS = (
+    "match",
+    "initial_model",
+    "trust",
+    "log",
+    "fresh",
+    "extend",
+    "tokens",
+    "minutes",
+    "save_minutes",
+)
 _PASS_OPTIONS = ("steps", "amp", "compile_model", "mini_batch_size")
 _SELECT_OPTIONS = ("seed", "freeze", "train_only", "no_dirty", "out")
 UNUSED = {
@@ -66,10 +77,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--training-plan",
         metavar="NAME|FILE.json|list",
-        help="the plan (laptop; with a CUDA card default: English and Spanish Wikipedia, from the "
-        "hub)",
+        help="the plan (laptop)",
     )
     _args.add_device(p)
+    _args.add_threads(p, "OMP_NUM_THREADS, or a share of the cores among runs")
     _args.add_amp(p)
     p.add_argument("--compile-model", action="store_true", help="torch.compile the model")
     p.add_argument(
@@ -92,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--initial-model", type=Path, metavar="RUN", help="start from a trained run's weights"
     )
+    _args.add_trust(p)
     p.add_argument(
         "--freeze",
         action="append",
@@ -110,6 +122,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=_args.positive_int, help="budget of tokens")
     p.add_argument("--steps", type=_args.positive_int, help="budget of optimizer steps")
     p.add_argument("--fresh", action="store_true", help="start over; an old run is moved aside")
+    p.add_argument(
+        "--extend",
+        action="store_true",
+        help="continue a finished run with this larger budget, on the schedule of the longer run",
+    )
     p.add_argument("--no-dirty", action="store_true", help="refuse to run with uncommitted changes")
     p.add_argument("--log", choices=TRACKERS, help="log to a tracker, offline (lmplay[log])")
     p.add_argument(
@@ -159,6 +176,7 @@ def command(args: argparse.Namespace) -> int:
     from ..devices import tune_memory
 
     memory = tune_memory()  # before torch is imported
+    threads.use(args.threads)
     return train(args, memory, console)
 
 
@@ -210,7 +228,7 @@ def print_diff(exp: str, console: Console) -> None:
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def train(args: argparse.Namespace, memory: str, console: Console) -> int:
+def train(args: argparse.Namespace, memory: str, console: Output) -> int:
     """Train, or do what the mode asks for."""
     from .. import python
     from ..training.loop import Stopped

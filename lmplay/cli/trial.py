@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .. import threads
 from ..trial.statistics import REAL
 from . import _args, run_command
 
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--storage",
         metavar="PATH|URL",
-        help="where the work is shared: a journal file, redis://, or a database's URL",
+        help="where the work is shared: a journal file, or a database's URL",
     )
     p.add_argument("--name", help="the trial's name (made of the plan and the ideas)")
     p.add_argument("--status", action="store_true", help="show what runs and what is known so far")
@@ -85,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         default=4,
     )
     _args.add_device(p)
+    _args.add_threads(p, "of each worker: OMP_NUM_THREADS, or all cores among the workers")
     _args.add_amp(p)
     _args.add_out(p, "where runs and trials are kept")
     return p
@@ -110,6 +112,7 @@ def command(args: argparse.Namespace) -> int:
     from ..devices import tune_memory
 
     tune_memory()  # before torch is imported
+    threads.use(args.threads)
     from ..training.loop import Stopped
     from ..training.progress import make_console
     from ..trial.design import Design
@@ -141,6 +144,7 @@ def command(args: argparse.Namespace) -> int:
         name=args.name,
         storage=args.storage,
         workers=args.workers,
+        threads=args.threads,
         create=not args.status,
         log=log,
         command=("lmp_trial", *sys.argv[1:]),

@@ -91,11 +91,11 @@ class Mixture:
         self.sizes = np.array([max(0, (len(t.train) - 1) // length) for t in sets])
         for tokens, size in zip(sets, self.sizes, strict=True):
             if size == 0:
+                if len(tokens.train) == 0 and tokens.documents:
+                    raise LmplayError(f"data set {tokens.name}: {_why_empty(tokens, 'train')}")
                 raise LmplayError(
                     f"data set {tokens.name}: {len(tokens.train)} training tokens are too few for "
-                    "a "
-                    f"sequence of {length}: "
-                    "more text, or a smaller max_len?"
+                    f"a sequence of {length}: more text, or a smaller max_len?"
                 )
         counts = self._turns()
         # Put the c turns of a data set at (i + 1/2) / c; sorting spreads them evenly.
@@ -185,6 +185,23 @@ def mixtures(plan: Plan, prepared: Prepared, length: int) -> list[Mixture]:
     ]
 
 
+def _why_empty(tokens: Tokens, split: str) -> str:
+    """Return why a split has no text, and what to do."""
+    count = sum(tokens.documents.values())
+    part = "training" if split == "train" else "validation"
+    if count == 1:
+        return (
+            f"its text is one document, which cannot be split into training and validation: end "
+            f'documents with a blank line, or set "documents": "lines" (none is left for {part})'
+        )
+    known = f"of its {count} documents none" if count else "no document"
+    change = "raise" if split == "val" else "lower"
+    return (
+        f"{known} fell into {part}; {change} validation.fraction, or make documents shorter "
+        '("documents": "lines" takes each line of a text file as one)'
+    )
+
+
 class ValidationSet:
     """A plan's validation set: the first validation tokens of each data set."""
 
@@ -197,9 +214,7 @@ class ValidationSet:
             tokens = prepared.tokens[name]
             n = min(len(tokens.val), budget + 1)
             if n < 2:
-                raise LmplayError(
-                    f"data set {name}: no document fell into validation; raise validation.fraction"
-                )
+                raise LmplayError(f"data set {name}: {_why_empty(tokens, 'val')}")
             mask = None if tokens.val_mask is None else tokens.val_mask[:n]
             self.parts.append((tokens.val[:n], mask))
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LmplayError
-from ..files import write_text
+from ..files import read_json, write_text
 from ..plan import Plan
+from .parts import Document, without_surrogates
 from .source import Source
 from .token_files import VERSION, Progress, Tokens, cache_folder, in_validation
-from .tokenizers import Tokenizer, TokenizerSchema, from_state, tokenizers
+from .tokenizers import Tokenizer, TokenizerSchema, saved_form, tokenizer_from, tokenizers
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,22 @@ class PlanTexts:
     sources: list[Source]
     fraction: float  # share of the documents that is for validation
 
+    @staticmethod
+    def _documents(source: Source) -> Iterator[Document]:
+        skipped: Counter[str] = Counter()  # reported when the text becomes tokens
+        return without_surrogates(source.read(skipped), skipped)
+
     def every_document(self) -> Iterator[str]:
         """Yield all documents, those for validation too."""
         for source in self.sources:
-            for document in source.documents():
+            for document in self._documents(source):
                 yield "".join(text for text, _ in document)
 
     def training_documents(self, characters: int) -> Iterator[str]:
         """Yield up to that many characters of training documents, the same share per data set."""
         for source in self.sources:
             left = characters // len(self.sources)
-            for document in source.documents():
+            for document in self._documents(source):
                 if left <= 0:
                     break
                 if not in_validation(document, self.fraction):
@@ -95,13 +102,21 @@ def _tokenizer(plan: Plan, used: dict[str, Source], progress: Progress) -> Token
         )
     path = _tokenizer_file(schema, documents, plan.validation.fraction)
     try:
-        return from_state(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, KeyError):  # missing or damaged: train it again
+        found = tokenizer_from(read_json(path))
+        if found.kind == schema.kind:
+            return found
+        progress(f"{path} is damaged; the tokenizer is trained again", None)
+    except FileNotFoundError:
         pass
+    except (OSError, ValueError, LmplayError) as e:
+        progress(f"{path} is damaged ({e}); the tokenizer is trained again", None)
+    for name, source in documents.items():
+        if text := source.announcement():
+            progress(f"data set {name}: {text}", None)
     progress(f"training the {schema.kind} tokenizer", 0)
     texts = PlanTexts(list(documents.values()), plan.validation.fraction)
     tokenizer = kind.train(schema, texts)
-    write_text(path, json.dumps(tokenizer.state(), ensure_ascii=False))
+    write_text(path, json.dumps(saved_form(tokenizer), ensure_ascii=False))
     return tokenizer
 
 

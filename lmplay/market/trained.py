@@ -21,17 +21,19 @@ def load_trained(
     device: str,
     overrides: Mapping[str, str],
     log: Callable[[str], None],
+    trust: bool = False,
 ) -> tuple[Restored, Messages]:
     """Return a run with its model, folded and on the device, and its vocabulary of messages.
 
     Args:
         model: a run's folder or a checkpoint's. Default: the newest run below `out`.
         overrides: settings of the trained model that keep its weights.
+        trust: execute the source in the run's folder also if it is from elsewhere.
 
     Raises:
         LmplayError: there is no such run, or it was not trained on messages.
     """
-    restored = with_settings(restore(*locate(model, out, log, "--model")), overrides)
+    restored = with_settings(restore(*locate(model, out, log, "--model"), trust), overrides)
     tokenizer = restored.tokenizer
     if not isinstance(tokenizer, Messages):
         raise LmplayError(

@@ -7,7 +7,6 @@ only when all its files are on the disk. Loading takes the newest checkpoint tha
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import LmplayError
-from ..files import atomic_folder, write_json
+from ..files import atomic_folder, read_json, write_json
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -39,8 +38,7 @@ class Checkpoint:
     @property
     def fingerprint(self) -> str:
         """The sha256 of the model's tensors."""
-        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        return str(manifest["model.safetensors"]["sha256"])
+        return str(read_manifest(self.path)["model.safetensors"]["sha256"])
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Return the tensors of the file `name`.safetensors, on the CPU."""
@@ -62,30 +60,32 @@ def save(
     state: dict[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write checkpoint `step` in `folder`, then remove all but the newest `keep`.
+    """Write checkpoint `step` in `folder`, then remove all but the newest `keep`, and step 0.
 
     Args:
-        tensors: by file and name. A shared tensor must appear under one name only.
+        tensors: by file and name.
 
     Raises:
         LmplayError: the disk is full or refuses. Older checkpoints stay.
     """
     final = folder / f"{step:09d}"
     try:
-        if folder.is_dir():
-            for old in folder.glob(".*.tmp"):  # of a process that was killed while it saved
-                shutil.rmtree(old)
         with atomic_folder(final, replace=True) as temporary:
             for name, content in tensors.items():
-                on_cpu = {k: v.contiguous().cpu() for k, v in content.items()}
-                save_file(on_cpu, temporary / f"{name}.safetensors")
+                save_file(unshared(content), temporary / f"{name}.safetensors")
             write_json(temporary / STATE, state)
+            for file in temporary.glob("*.safetensors"):
+                # safetensors writes for the owner alone, whatever the umask says.
+                file.chmod((temporary / STATE).stat().st_mode)
             manifest = {
                 file.name: {"size": file.stat().st_size, "sha256": _sha256(file)}
                 for file in sorted(temporary.iterdir())
             }
             write_json(temporary / MANIFEST, manifest)
-        for old in _numbered(folder)[:-keep]:
+        numbered = _numbered(folder)
+        # Untrained weights must not stand in for trained ones that are damaged.
+        untrained = [old for old in numbered[:-1] if int(old.name) == 0]
+        for old in dict.fromkeys([*numbered[:-keep], *untrained]):
             shutil.rmtree(old)
     except (OSError, safetensors.SafetensorError) as e:
         reason = getattr(e, "strerror", None) or str(e)
@@ -93,6 +93,21 @@ def save(
             f"{final}: the checkpoint could not be written: {reason}; older ones are kept"
         ) from e
     return final
+
+
+def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors on the CPU, each with memory of its own, as safetensors wants them.
+
+    Layers may share a buffer, such as a table of rotary angles.
+    """
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        on_cpu = tensor.contiguous().cpu()
+        memory = on_cpu.untyped_storage().data_ptr()
+        found[name] = on_cpu.clone() if memory in seen else on_cpu
+        seen.add(memory)
+    return found
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -115,23 +130,48 @@ def verify(path: Path) -> Checkpoint:
                     f"{pickles[0]} is a pickle, which can run code when it is read: refused"
                 )
             raise LmplayError("it has no manifest")
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_manifest(path)
         for name, expected in manifest.items():
             file = path / name
             if not file.is_file() or file.stat().st_size != expected["size"]:
                 raise LmplayError(f"{name} is missing or truncated")
             if _sha256(file) != expected["sha256"]:
                 raise LmplayError(f"{name} is damaged (its sha256 differs)")
-        return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return Checkpoint(path, read_json(path / STATE))
+    except (OSError, ValueError) as e:
         raise LmplayError(f"it cannot be read: {e}") from e
 
 
-def newest(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
+def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of each file of the checkpoint `path`.
+
+    Raises:
+        ValueError: the manifest is damaged, or leaves out a file that is read.
+        OSError: it cannot be read.
+    """
+    manifest = read_json(path / MANIFEST)
+    for name in {STATE, "model.safetensors", *(p.name for p in path.glob("*.safetensors"))}:
+        if name not in manifest:
+            raise ValueError(f"{MANIFEST} does not list {name}")
+    for name, entry in manifest.items():
+        valid = isinstance(entry, dict) and Path(name).name == name
+        if not valid or not isinstance(entry.get("size"), int):
+            raise ValueError(f"{MANIFEST} has no size of {name}")
+        if not isinstance(entry.get("sha256"), str):
+            raise ValueError(f"{MANIFEST} has no sha256 of {name}")
+    return manifest
+
+
+def newest(
+    folder: Path,
+    log: Callable[[str], None],
+    check: Callable[[dict[str, Any]], None] | None = None,
+) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, or None if there is no checkpoint.
 
     Args:
         log: prints why a checkpoint is skipped.
+        check: raises ValueError for a state that cannot be used; the checkpoint is skipped.
 
     Raises:
         LmplayError: there are checkpoints, and none verifies.
@@ -139,10 +179,13 @@ def newest(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
     numbered = _numbered(folder)
     for path in reversed(numbered):
         try:
-            return verify(path)
-        except LmplayError as e:
+            found = verify(path)
+            if check is not None:
+                check(found.state)
+            return found
+        except (LmplayError, ValueError) as e:
             if not path.exists():  # a trainer removed it and wrote newer ones
-                return newest(folder, log)
+                return newest(folder, log, check)
             log(f"checkpoint {path} skipped: {e}")
     if numbered:
         raise LmplayError(

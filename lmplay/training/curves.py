@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LmplayError
-from ..files import sync_file
+from ..files import open_own, sync_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +58,7 @@ class AppendOnlyFile:
             LmplayError: the disk is full or refuses.
         """
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open_own(self.path, "a") as file:
                 file.write(text)
         except OSError as e:
             raise LmplayError(f"{self.path}: it could not be written: {e.strerror}") from e

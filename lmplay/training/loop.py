@@ -10,7 +10,7 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
@@ -24,7 +24,7 @@ from .. import decoding
 from ..api import ModelRunner, StepOut
 from ..data.packing import Arrays, ValidationSet, mixtures
 from ..data.prepare import Prepared
-from ..devices import Precision, peak_memory_mb, release_memory
+from ..devices import Precision, check_compiler, peak_memory_mb, release_memory
 from ..errors import LmplayError, NotFiniteError
 from ..model import (
     autocast,
@@ -37,10 +37,12 @@ from ..model import (
 )
 from ..ops import IGNORE
 from ..plan import Plan, PlanStage
+from ..threads import Share
 from . import checkpoint, warm_start
 from .curves import TRAIN, VALIDATE, CurveFile, Samples, read_curve
 from .optimizers import Optimizers, lr_multiplier
 from .progress import Reporter
+from .record import check_state
 from .restore import Restored
 from .run_folder import RunFolder
 
@@ -67,6 +69,7 @@ class Options:
 
     compile_model: bool = False
     save_minutes: float = 5.0
+    share: Share | None = None  # of the machine's cores; None: the threads stay as they are
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Trainer:
             reporter.note(f"frozen: {len(frozen)} of {total} tensors ({names}, ...)")
         self.compiled_model: nn.Module = self.model
         if options.compile_model:
+            check_compiler(device)
             self.compiled_model = torch.compile(self.model)  # type: ignore[assignment]
         self.state = TrainState()
         self.optimizers = self._make_optimizers()
@@ -177,6 +181,7 @@ class Trainer:
         with self._signals():
             if self.state.validated_at < 0:
                 self.validate()
+                self.save()  # what cannot be saved is known before the work, not after it
             while self.state.plan_step < len(self.plan.steps):
                 began = time.perf_counter()
                 stream = self.streams[self.state.plan_step]
@@ -189,6 +194,8 @@ class Trainer:
                     self.next_stage()
                 if self.should_validate():
                     self.validate()
+                if self.reporter.reader_gone and self.stop_signal is None:
+                    self.stop_signal = signal.SIGPIPE
                 minutes = (time.monotonic() - self.last_saved) / 60
                 if minutes >= self.options.save_minutes or self.stop_signal is not None:
                     self.save()
@@ -354,6 +361,8 @@ class Trainer:
             **result.log,
         }
         self.train_curve.append(row)
+        if self.options.share is not None:
+            self.options.share.adapt(self.reporter.note)
         self.reporter.step(row, self.progress(), self.seconds_left(), peak_memory_mb(self.device))
 
     def validate(self) -> None:
@@ -465,6 +474,9 @@ class Trainer:
                 f"mini-batch {mini_batch_size} instead of {kept}: only rounding and the draws of "
                 "dropout change"
             )
+        share = self.options.share
+        if share is not None and "threads" in known:
+            share.keep(known["threads"])
         if not self.mini_batch_size:
             self._find_mini_batch_size(arrays)
         if self.device.type == "cuda":
@@ -478,7 +490,11 @@ class Trainer:
                 batch = to_batch(arrays, slice(0, self.mini_batch_size), self.device)
                 passes = math.ceil(self.batch_size / self.mini_batch_size)
                 self.flops_per_token = count_flops(self.runner, self.model, batch, passes)
-        return {"flops_per_token": self.flops_per_token, "mini_batch_size": self.mini_batch_size}
+        return {
+            "flops_per_token": self.flops_per_token,
+            "mini_batch_size": self.mini_batch_size,
+            "threads": torch.get_num_threads() if share is None else share.chosen,
+        }
 
     def _find_mini_batch_size(self, arrays: Arrays) -> None:
         self.reporter.note("looking for the fastest mini-batch size ...")
@@ -490,11 +506,27 @@ class Trainer:
             self.mini_batch_size = find_mini_batch(
                 trial, self.model, self.device, len(arrays.ids), self.length
             )
+            if self.options.share is not None and self.device.type == "cpu":
+                self.options.share.choose(lambda: self._speed(trial))
         self.model.zero_grad(set_to_none=True)
         release_memory()
+        threads = torch.get_num_threads()
+        with_threads = f" ({threads} thread{'s' * (threads > 1)})" * (self.device.type == "cpu")
         self.reporter.note(
             f"mini-batch size {self.mini_batch_size} of {self.batch_size} is the fastest here"
+            f"{with_threads}"
         )
+
+    def _speed(self, trial: Callable[[int], None], repeats: int = 5) -> float:
+        """Return mini-batches per second, of the fastest of a few."""
+        trial(self.mini_batch_size)  # warm-up
+        times = []
+        for _ in range(repeats):
+            self.model.zero_grad(set_to_none=True)
+            began = time.perf_counter()
+            trial(self.mini_batch_size)
+            times.append(time.perf_counter() - began)
+        return 1 / min(times)
 
     def _make_optimizers(self) -> Optimizers:
         spec = self.plan.optimizer_of(self.stage)
@@ -535,7 +567,7 @@ class Trainer:
 
         Curves are cut back to the checkpoint, so that no row is doubled or missing.
         """
-        found = self.run.newest(self.reporter.note)
+        found = self.run.newest(self.reporter.note, check_state)
         if found is None:
             self.train_curve.truncate(0)
             self.validate_curve.truncate(0)
@@ -567,9 +599,10 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Finish the step and save on the first Ctrl-C or SIGTERM; stop at once on a second Ctrl-C.
+        """Finish the step and save on a Ctrl-C, SIGTERM or SIGHUP; stop at once on a second Ctrl-C.
 
-        A second SIGTERM changes nothing: a parent may pass on a Ctrl-C that arrived here as well.
+        SIGHUP comes when a terminal or an ssh connection is closed; nohup keeps it away. A second
+        SIGTERM changes nothing: a parent may pass on a Ctrl-C that arrived here as well.
         """
 
         def handle(signum: int, frame: FrameType | None) -> None:
@@ -579,7 +612,10 @@ class Trainer:
             elif signum == signal.SIGINT:
                 raise KeyboardInterrupt
 
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        wanted = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            wanted.append(signal.SIGHUP)
+        before = {s: signal.signal(s, handle) for s in wanted}
         try:
             yield
         finally:

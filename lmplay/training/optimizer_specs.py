@@ -6,7 +6,7 @@ To add an optimizer, derive a class from :class:`OptimizerSpec`, give it a `name
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -15,6 +15,9 @@ from ..schema import Strict
 
 if TYPE_CHECKING:
     import torch
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSpec(Strict):
@@ -51,7 +54,7 @@ class Optimizer(OptimizerSpec):
     rates: ClassVar[tuple[str, ...]] = ("lr", "other_lr")
 
     name: Literal["adagrad", "adamw", "adam", "sgd", "rmsprop", "muon"] = "adagrad"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and muon")
     eps: float | None = Field(None, gt=0)
     other_lr: float = Field(3e-4, gt=0, description="muon: AdamW's rate for all but the matrices")

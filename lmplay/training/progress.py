@@ -3,6 +3,9 @@ log."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from ..errors import first_line
+from ..files import open_own
 
 if TYPE_CHECKING:
     from .loggers import Logger
@@ -36,18 +40,39 @@ def count(n: float) -> str:
     return f"{n:.3g}"
 
 
-def make_console() -> Console:
+class Output(Console):
+    """A console that goes silent when nobody reads it any more, instead of ending the program.
+
+    :name: in a text is no emoji.
+    """
+
+    def __init__(self, width: int | None = None):
+        super().__init__(width=width, emoji=False)
+        self.reader_gone = False
+
+    def on_broken_pipe(self) -> None:  # rich's own would end the program
+        self.close_output()
+
+    def close_output(self) -> None:
+        """Print nothing from now on. The reader of a pipe has gone, or a terminal was closed."""
+        self.reader_gone = True
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # no file, as in a notebook
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def make_console() -> Output:
     """Return a command's console, wide enough for complete lines if the output is not a
     terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=400)
+    console = Output()
+    return console if console.is_terminal else Output(width=400)
 
 
 class Reporter:
     """Progress of one run. Use it as a context; `note` works outside of it, too."""
 
-    def __init__(self, console: Console | None = None, brief: bool = False):
-        self.console = console or Console()
+    def __init__(self, console: Output | None = None, brief: bool = False):
+        self.console = console or Output()
         self.log_path: Path | None = None
         self._unlogged: list[str] = []  # said before there was a log
         self.brief = brief  # notes go to the log alone: one of many runs
@@ -79,8 +104,19 @@ class Reporter:
     def note(self, text: str) -> None:
         """Print a line that stays, and log it."""
         if not self.brief:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._print(text)
         self.log(text)
+
+    def _print(self, text: str) -> None:
+        try:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except OSError:  # the terminal was closed
+            self.console.close_output()
+
+    @property
+    def reader_gone(self) -> bool:
+        """Whether nobody reads the output any more."""
+        return self.console.reader_gone
 
     def log_to(self, path: Path | None) -> None:
         """Log to this file, starting with the notes since the last file was closed with None."""
@@ -96,11 +132,17 @@ class Reporter:
         if self.log_path is None:
             self._unlogged.append(text)
         elif self.log_path.parent.is_dir():
-            with open(self.log_path, "a", encoding="utf-8") as file:
+            with open_own(self.log_path, "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
-    def preparing(self, what: str, done: int) -> None:
-        """Show that data is being prepared; `done` counts documents or messages."""
+    def preparing(self, what: str, done: int | None) -> None:
+        """Show that data is being prepared; `done` counts documents or messages.
+
+        With None, `what` is a line that stays.
+        """
+        if done is None:
+            self.note(what)
+            return
         self._show(f"{what}: {done}" if done else f"{what} ...", "", 0.0)
 
     def step(
@@ -134,7 +176,7 @@ class Reporter:
             self._last_plain = time.monotonic()
             share = f"{progress:4.0%} " if progress else ""
             text = " · ".join(part for part in (first, second) if part)
-            self.console.print(share + text, markup=False, highlight=False, soft_wrap=True)
+            self._print(share + text)
 
     def _to_loggers(self, kind: str, row: Mapping[str, float]) -> None:
         """Pass a row to the trackers. A failing tracker is logged and dropped; the run

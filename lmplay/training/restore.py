@@ -119,16 +119,22 @@ def is_pickle(path: Path) -> bool:
     return head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
 
 
-def restore(run: RunFolder, found: Checkpoint) -> Restored:
+def restore(run: RunFolder, found: Checkpoint, trust: bool = False) -> Restored:
     """Build the model from the run's copy of the source and load the checkpoint, on the CPU.
+
+    Args:
+        trust: execute the source also if it is from elsewhere.
 
     Raises:
         LmplayError: source, tokenizer and tensors do not fit together.
     """
     content = run.read()
     tokenizer = run.tokenizer()
-    experiment = run.experiment()
-    config = experiment.config_type(**content["identity"]["config"])
+    experiment = run.experiment(trust)
+    try:
+        config = experiment.config_type(**content["identity"]["config"])
+    except (TypeError, ValueError) as e:
+        raise LmplayError(f"{run.path / RUN_FILE}: its config does not fit: {e}") from e
     if config.vocab_size != tokenizer.vocab_size:
         raise LmplayError(
             f"{run.path}: the vocabulary does not match: the model has {config.vocab_size} tokens, "

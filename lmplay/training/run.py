@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from .. import __version__
 from ..api import Batch
@@ -24,8 +26,10 @@ from ..discover import Experiment, find, find_baseline, load
 from ..errors import LmplayError, first_line
 from ..files import write_text
 from ..model import autocast, to_batch
-from ..plan import Plan, find_plan, load_plan
+from ..plan import ModelSizes, Plan, find_plan, load_plan
+from ..threads import Share
 from . import loggers, warm_start
+from .extend import Extended, find_shorter
 from .loop import Options, Start, Stopped, Trainer
 from .match import Match, Size, compare_sizes, match, measure
 from .progress import Reporter
@@ -37,9 +41,11 @@ from .run_folder import (
     git_state,
     identity,
     make_out,
+    safe_name,
     source_digest,
 )
 
+DEFAULT_PLAN = "laptop"  # on every device; it downloads nothing
 MAX_MEASURED = 4  # sequences with which a model's cost is measured
 
 
@@ -56,13 +62,17 @@ class RunOptions:
     compile_model: bool = False
     save_minutes: float = 5.0
     fresh: bool = False  # move an existing run aside
+    extend: bool = False  # continue a finished run that has a smaller budget
     no_dirty: bool = False  # refuse to run with uncommitted changes
     initial_model: Path | None = None
+    trust: bool = False  # execute the source in the folder of initial_model, wherever it is from
     freeze: tuple[str, ...] = ()
     train_only: tuple[str, ...] = ()
     log: str | None = None  # name of a tracker
     command: tuple[str, ...] = ()  # for run.json
     memory: str = ""  # result of devices.tune_memory
+    threads: int | None = None  # default: OMP_NUM_THREADS, or a share of the cores
+    divide_cores: bool = True  # with other processes that train; False: threads stay as they are
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,9 @@ def make_job(
     precision = pick_precision(torch_device, amp)
     if precision.note:
         reporter.note(precision.note)
-    name = training_plan or default_plan(torch_device, reporter)
+    name = training_plan or DEFAULT_PLAN
+    if training_plan is None:
+        reporter.note(f"training plan: {name} (--training-plan list shows the others)")
     path = find_plan(name)
     plan = load_plan(path).with_budget(options.tokens, options.steps, options.minutes)
     return Job(
@@ -117,18 +129,15 @@ def make_job(
     )
 
 
-def default_plan(device: torch.device, reporter: Reporter) -> str:
-    """Return the plan that suits the device, and note the choice."""
-    large = device.type == "cuda"
-    name = "default" if large else "laptop"
-    reason = "a CUDA card is used; its texts come from the hub" if large else "no CUDA card is used"
-    reporter.note(f"training plan: {name} ({reason}; --training-plan list shows the others)")
-    return name
-
-
 def sized_config(job: Job, vocab: int) -> Any:
     """Return the experiment's Config at the plan's sizes."""
     config, unused = job.experiment.config({**job.plan.sizes(), "vocab_size": vocab}, job.overrides)
+    try:  # sizes from --set have the plan's limits
+        own = {f: getattr(config, f, None) for f in ModelSizes.model_fields}
+        ModelSizes(**own)
+    except ValidationError as e:
+        error = e.errors()[0]
+        raise LmplayError(f"{error['loc'][0]} = {error['input']}: {error['msg']}") from e
     if unused:
         names = ", ".join(unused)
         job.reporter.note(f"{job.experiment.variant} has no {names}: the plan's is not used")
@@ -168,12 +177,14 @@ def run_folder(job: Job, settings: dict[str, str]) -> RunFolder:
         extras.append(f"{options.minutes:g}min")
     if job.precision.name != "fp32":
         extras.append(job.precision.name)
+    if options.extend:
+        extras.append("extended")
     if options.initial_model:
         extras.append(f"from={options.initial_model.resolve().name}")
     extras += [f"freeze={p}" for p in options.freeze]
     extras += [f"train_only={p}" for p in options.train_only]
     name = folder_name(job.experiment.variant, settings, extras, job.seed)
-    return RunFolder(options.out / job.plan_name / name)
+    return RunFolder(options.out / safe_name(job.plan_name) / name)
 
 
 def recorded(folder: RunFolder) -> dict[str, Any]:
@@ -245,6 +256,7 @@ class PreparedRun:
         self.config = config
         self.prepared = prepared
         self.match = match
+        self.share: Share | None = None
         options = job.options
         self.commit, self.diff = git_state(Path.cwd())
         if options.no_dirty and self.commit is None:
@@ -270,9 +282,34 @@ class PreparedRun:
             prepared.tokenizer.fingerprint,
             prepared.fingerprint,
         )
+        known = {} if options.fresh else recorded(self.folder)
+        known_tokenizer = str(known.get("identity", {}).get("tokenizer"))
+        if prepared.tokenizer.is_known_as(known_tokenizer):  # written by an older version
+            self.identity["tokenizer"] = known_tokenizer
         if self.freezes:
             self.identity["frozen"] = [list(options.freeze), list(options.train_only)]
         self.initial = self._initial()
+        self.extended = self._extended()
+
+    def _extended(self) -> Extended | None:
+        """Return the finished run to continue; None without --extend, or if this run has begun.
+
+        Its weights are part of the identity: the longer run is not that of a single start.
+        """
+        options = self.job.options
+        if not options.extend:
+            return None
+        if not (options.tokens or options.steps or options.minutes):
+            raise LmplayError("--extend needs the larger budget: --tokens, --steps or --minutes")
+        if options.initial_model is not None:
+            raise LmplayError("--extend and --initial-model do not go together")
+        known = {} if options.fresh else recorded(self.folder)
+        if known and any(self.folder.checkpoints.glob("[0-9]*")):
+            self.identity["extends"] = known["identity"].get("extends")
+            return None
+        found = find_shorter(self.folder, self.identity, self.job.plan, self.job.reporter.note)
+        self.identity["extends"] = found.found.fingerprint
+        return found
 
     def _initial(self) -> Restored | None:
         """Return the run to start from; None if there is none, or if this run has already begun.
@@ -288,7 +325,8 @@ class PreparedRun:
             self.identity["initial"] = known["identity"]["initial"]
             return None
         note = self.job.reporter.note
-        source = restore(*locate(options.initial_model, options.out, note, "--initial-model"))
+        run, found = locate(options.initial_model, options.out, note, "--initial-model")
+        source = restore(run, found, options.trust)
         warm_start.check_tokenizer(source, self.prepared.tokenizer.fingerprint)
         self.identity["initial"] = source.found.fingerprint
         return source
@@ -304,7 +342,7 @@ class PreparedRun:
             job.precision,
             self.folder,
             job.reporter,
-            Options(job.options.compile_model, job.options.save_minutes),
+            Options(job.options.compile_model, job.options.save_minutes, self.share),
             Start(self.initial, job.options.freeze, job.options.train_only),
         )
 
@@ -331,7 +369,7 @@ class PreparedRun:
             if known.get("summary"):
                 reporter.note(f"{folder.path} is finished; --fresh trains it again")
                 return known["summary"]
-            with reporter:
+            with reporter, self._shared_cores():
                 try:
                     trainer = self._begin(known, size)
                     self._open_logger(trainer.state.step)
@@ -349,6 +387,23 @@ class PreparedRun:
             reporter.close_loggers()
             reporter.log_to(None)
             folder.close()
+
+    @contextmanager
+    def _shared_cores(self) -> Iterator[None]:
+        """Use the requested number of threads, or a share of the cores while the run trains."""
+        if not self.job.options.divide_cores:
+            yield
+            return
+        before = torch.get_num_threads()
+        with Share(self.job.options.threads) as self.share:
+            if self.share.count < before and not self.share.fixed:
+                self.job.reporter.note(
+                    f"threads: {self.share.count} of {before}: other processes use the cores"
+                )
+            try:
+                yield
+            finally:
+                torch.set_num_threads(before)
 
     def _open_logger(self, step: int) -> None:
         """Open the requested tracker. The run keeps one identity in it when it is resumed."""
@@ -391,7 +446,11 @@ class PreparedRun:
             if self.diff:  # before run.json, which mentions it
                 write_text(self.folder.path / "uncommitted.diff", self.diff)
             self.folder.create(content, job.experiment, self.prepared.tokenizer)
-        elif known.get("threads") != torch.get_num_threads():
+            if self.extended is not None:
+                self.extended.copy_to(self.folder)
+        elif (self.share is None or self.share.fixed) and (
+            known.get("threads") != torch.get_num_threads()
+        ):
             reporter.note(
                 f"this run began with {known.get('threads')} threads: rounding will differ"
             )
@@ -400,6 +459,13 @@ class PreparedRun:
             reporter.note(f"this run began {how}")
         if trainer.resume():
             state = trainer.state
+            if self.extended is not None:
+                if trainer.progress() >= 1:
+                    raise LmplayError(
+                        f"--extend: {self.extended.run.path} has {self.extended.tokens} tokens "
+                        "already: the budget must be larger"
+                    )
+                reporter.note(self.extended.schedule(job.plan, trainer.progress()))
             reporter.note(
                 f"resuming {self.folder.path} at step {state.step}, {state.tokens} tokens"
             )
@@ -443,6 +509,8 @@ class PreparedRun:
         label = self.job.experiment.variant
         if self.match is not None:
             label += f", {self.match.what} of {self.match.to}"
+        if options.extend:
+            label += ", extended"
         if self.initial is not None:
             label += f", from {self.initial.experiment.variant}"
         if options.freeze:

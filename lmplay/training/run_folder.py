@@ -13,17 +13,19 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..data import tokenizers
 from ..discover import Experiment, find, load
 from ..errors import BusyError, LmplayError
-from ..files import write_json, write_text
+from ..files import below, open_own, write_json, write_text
 from ..plan import Plan
 from .checkpoint import Checkpoint, newest
 from .curves import read_curve
+from .record import read_record
+from .trust import SIGNATURE, check_source, signature
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +46,13 @@ def source_digest(path: Path) -> str:
 def folder_name(variant: str, overrides: Mapping[str, str], extras: list[str], seed: int) -> str:
     """Return <variant>[-<override>…]-s<seed>, with characters that every file system accepts."""
     parts = [variant, *(f"{k}={v}" for k, v in sorted(overrides.items())), *extras, f"s{seed}"]
-    return "-".join(re.sub(r"[^\w.=+]", "_", part) for part in parts)
+    return "-".join(safe_name(part) for part in parts)
+
+
+def safe_name(text: str) -> str:
+    """Return a text as one name in a folder: no separator, and not one that leads upwards."""
+    name = re.sub(r"[^\w.=+ -]", "_", text)
+    return name if name.strip(". ") else "_" * len(name)
 
 
 def identity(
@@ -116,7 +124,7 @@ class RunFolder:
             LmplayError: it is missing or cannot be read.
         """
         try:
-            return json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
+            return read_record(self.path / RUN_FILE)
         except FileNotFoundError as e:
             raise LmplayError(f"{self.path}: this is not a run: it has no {RUN_FILE}") from e
         except (OSError, ValueError) as e:
@@ -130,7 +138,7 @@ class RunFolder:
         """Return the parts of its identity in which an existing run differs from `wanted`."""
         if not (self.path / RUN_FILE).exists():
             return []
-        identity = self.read().get("identity", {})
+        identity = self.read()["identity"]
         return [k for k in wanted if identity.get(k) != json.loads(json.dumps(wanted[k]))]
 
     def open(self, wanted: dict[str, Any], fresh: bool) -> bool:
@@ -173,7 +181,7 @@ class RunFolder:
         return True
 
     def _claim(self) -> None:
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
+        self._lock = open_own(self.path / ".lock", "a")  # held as long as the run
         _lock_or_refuse(self._lock, self.path)
 
     def close(self) -> None:
@@ -200,7 +208,8 @@ class RunFolder:
             shutil.copy2(source, copy / source.name)
         (self.path / "tokenizer").mkdir(exist_ok=True)
         tokenizer.save(self.path / "tokenizer")
-        write_json(self.path / RUN_FILE, content)
+        signed = {SIGNATURE: signature(source_digest(source))}
+        write_json(self.path / RUN_FILE, content | signed)
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Return the tokenizer that the run was trained with.
@@ -209,25 +218,41 @@ class RunFolder:
             LmplayError: it is not the one that run.json names.
         """
         found = tokenizers.load(self.path / "tokenizer")
-        if found.fingerprint != self.read()["identity"]["tokenizer"]:
+        if not found.is_known_as(str(self.read()["identity"].get("tokenizer"))):
             raise LmplayError(
                 f"{self.path}: the tokenizer in this run is not the one it was trained with"
             )
         return found
 
-    def experiment(self) -> Experiment:
-        """Return the experiment from the run's own copy of its source."""
+    def experiment(self, trust: bool = False) -> Experiment:
+        """Return the experiment from the run's own copy of its source, which is executed.
+
+        Args:
+            trust: the user has allowed it, although the source is from elsewhere.
+
+        Raises:
+            LmplayError: the copy is missing, is not what was trained, or is not trusted.
+        """
         content = self.read()
         copies = sorted((self.path / "experiment").glob("*.py")) + sorted(
             (self.path / "experiment").glob("*/__init__.py")
         )
         if not copies:
             raise LmplayError(f"{self.path}: the copy of the experiment's source is missing")
+        check_source(copies[0], source_digest(copies[0]), content, trust)
         return load(*find(f"{copies[0]}:{content['identity']['variant']}"))
 
-    def newest(self, say: Any) -> Checkpoint | None:
-        """Return the newest valid checkpoint, or None."""
-        return newest(self.checkpoints, say)
+    def newest(
+        self,
+        say: Callable[[str], None],
+        check: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Checkpoint | None:
+        """Return the newest valid checkpoint, or None.
+
+        Args:
+            check: raises ValueError for a state that cannot be used.
+        """
+        return newest(self.checkpoints, say, check)
 
 
 def _lock_or_refuse(file: IO[str], path: Path) -> None:
@@ -239,7 +264,7 @@ def _lock_or_refuse(file: IO[str], path: Path) -> None:
 
 def find_runs(root: Path) -> list[RunFolder]:
     """Return every run below `root` that was not moved aside, oldest first."""
-    found = [p.parent for p in root.glob(f"**/{RUN_FILE}") if MOVED not in p.parent.name]
+    found = [p.parent for p in below(root, RUN_FILE) if MOVED not in p.parent.name]
     return [
         RunFolder(p) for p in sorted(found, key=lambda p: ((p / RUN_FILE).stat().st_mtime, p.name))
     ]
@@ -268,6 +293,8 @@ def git_state(folder: Path) -> tuple[str | None, str | None]:
     commit = git("rev-parse", "HEAD")
     if commit is None:
         return None, None
-    diff = git("diff", "HEAD") or ""
+    # The user's own settings (colors, an external diff, other prefixes) would make it no patch.
+    plain = ("--no-color", "--no-ext-diff", "--no-textconv", "--binary", "--no-relative")
+    diff = git("diff", *plain, "--src-prefix=a/", "--dst-prefix=b/", "HEAD") or ""
     untracked = (git("ls-files", "--others", "--exclude-standard") or "").split("\n")
     return commit.strip(), diff + "".join(f"untracked: {name}\n" for name in untracked if name)

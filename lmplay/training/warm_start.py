@@ -21,9 +21,11 @@ def check_tokenizer(source: Restored, fingerprint: str) -> None:
         LmplayError: they do not.
     """
     if source.tokenizer.fingerprint != fingerprint:
+        path = source.run.path.resolve()
         raise LmplayError(
             f"--initial-model {source.run.path}: it was trained with another tokenizer, and its "
-            "tokens are other texts: use the plan it was trained on, or one with its tokenizer"
+            'tokens are other texts; a plan takes its tokenizer with "tokenizer": '
+            f'{{"kind": "run", "path": "{path}"}}'
         )
 
 

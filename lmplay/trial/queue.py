@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -32,27 +34,93 @@ DEAD = 30.0  # seconds without one
 
 
 def open_storage(where: str) -> Any:
-    """Return optuna's storage for the path of a journal file, a redis:// URL or a database's URL.
+    """Return optuna's storage for the path of a journal file or a database's URL.
+
+    Redis is refused: optuna unpickles what a Redis server holds, so whoever can write to the server
+    could run code here.
 
     Raises:
-        LmplayError: optuna is not installed, or the storage cannot be opened.
+        LmplayError: optuna is not installed, or the storage is damaged or cannot be opened.
     """
+    if re.match(r"(redis|rediss|unix)\b.*://", where):
+        raise LmplayError(
+            f"--storage {where}: Redis is not used, because what it holds would be unpickled, and "
+            "that can run code; a database's URL works (postgresql://, mysql://, sqlite:///FILE)"
+        )
     try:
         import optuna
         from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend, JournalRedisBackend
+        from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
     except ImportError as e:
         raise LmplayError("trials are kept by optuna: pip install 'lmplay[trial]'") from e
     optuna.logging.set_verbosity(logging.WARNING)
     try:
-        if where.startswith("redis://"):
-            return JournalStorage(JournalRedisBackend(where))
         if "://" in where:
             return optuna.storages.RDBStorage(where)
         Path(where).parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(where))
+        lock = JournalFileSymlinkLock(where)
+        if Path(where).exists():
+            lock.acquire()
+            try:
+                drop_unfinished_line(Path(where))
+            finally:
+                lock.release()
+        return JournalStorage(JournalFileBackend(where, lock))
+    except LmplayError:
+        raise
     except Exception as e:  # each kind of storage has errors of its own
         raise LmplayError(f"--storage {where}: it cannot be opened: {first_line(e)}") from e
+
+
+def drop_unfinished_line(journal: Path) -> None:
+    """Truncate a journal after its last complete line. Power may have failed while it was written.
+
+    Raises:
+        LmplayError: a line before the last is damaged.
+    """
+    content = journal.read_bytes()
+    *lines, rest = content.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not _is_entry(line):
+            if number < len(lines) or rest:
+                raise LmplayError(
+                    f"{journal}: line {number} is damaged, and later ones depend on it; --name "
+                    "starts another trial, which uses the finished runs again"
+                )
+            rest = line + b"\n"
+    if rest:
+        os.truncate(journal, len(content) - len(rest))
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def process_mark(pid: int) -> str | None:
+    """Return what identifies a running process of this machine; None without /proc or process.
+
+    It contains the boot, the namespace of process numbers (containers have their own) and the
+    start time, because numbers are used again.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        space = os.readlink("/proc/self/ns/pid")
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return f"{boot} {space} {pid} {stat.rpartition(')')[2].split()[19]}"
+
+
+def has_ended(mark: object) -> bool:
+    """Return whether the process of a mark is known to have ended."""
+    own = process_mark(os.getpid())
+    if own is None or not isinstance(mark, str) or len(mark.split()) != 4:
+        return False
+    *where, pid, _ = mark.split()
+    return where == own.split()[:2] and process_mark(int(pid)) != mark
 
 
 class Queue:
@@ -74,6 +142,8 @@ class Queue:
             self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         content = json.loads(json.dumps(asdict(design)))
         known = self.study.user_attrs.get("design")
+        if known is not None and not isinstance(known, dict):
+            raise LmplayError(f"trial {name}: its storage is damaged: the design is no object")
         if known is None:
             self.study.set_user_attr("design", content)
         elif known != content:
@@ -99,13 +169,19 @@ class Queue:
 
     def results(self) -> dict[str, Result]:
         """Return the results of finished runs by the key of their unit."""
-        return {
-            t.user_attrs["unit"]: Result(
-                **{k: _number(v) for k, v in t.user_attrs["result"].items()}
-            )
-            for t in self._entries()
-            if "result" in t.user_attrs and t.state.is_finished()
-        }
+        try:
+            return {
+                t.user_attrs["unit"]: Result(
+                    **{k: _number(v) for k, v in t.user_attrs["result"].items()}
+                )
+                for t in self._entries()
+                if "result" in t.user_attrs and t.state.is_finished()
+            }
+        except (TypeError, AttributeError) as e:
+            raise LmplayError(
+                f"trial {self.study.study_name}: its storage is damaged: a result has another "
+                f"form ({e}); --name starts another trial"
+            ) from e
 
     def offer(self, units: Iterable[Unit]) -> None:
         """Queue the units that are not queued yet."""
@@ -125,6 +201,7 @@ class Queue:
                 self.study.tell(mine.number, state=TrialState.FAIL)
                 return None
             mine.set_user_attr("owner", owner)
+            mine.set_user_attr("process", process_mark(os.getpid()))
             self._beat(mine._trial_id)
             first = next(
                 t for t in self._entries() if t.user_attrs["unit"] == mine.user_attrs["unit"]
@@ -184,13 +261,18 @@ class Queue:
     def reclaim_stale(self) -> list[str]:
         """Give up units whose heartbeat has stopped; return their keys.
 
-        Whoever asks next for needed units offers them again.
+        The end of a process of this machine is known at once. Whoever asks next for needed units
+        offers them again.
         """
         from optuna.trial import TrialState
 
         found = []
         for t in self._entries():
             if t.state != TrialState.RUNNING:
+                continue
+            if has_ended(t.user_attrs.get("process")):
+                if self.give_up(t.number):
+                    found.append(t.user_attrs["unit"])
                 continue
             beat = float(t.user_attrs.get("beat", 0.0))
             known, since = self._heard.get(t.number, (None, 0.0))

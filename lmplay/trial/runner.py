@@ -27,13 +27,14 @@ from ..discover import find, find_baseline, load
 from ..errors import BusyError, LmplayError, NotFiniteError
 from ..files import write_json
 from ..plan import Plan, find_plan, load_plan
+from ..threads import Share, given
 from ..training.curves import read_curve
 from ..training.loop import Stopped
 from ..training.progress import Reporter
 from ..training.run import Job, PreparedRun, RunOptions, matched, sized_config
 from ..training.run_folder import make_out, source_digest
 from .design import CONTROLS, Design, FixedDesign, Result, Unit
-from .queue import Queue, open_storage
+from .queue import DEAD, Queue, open_storage
 from .state import TrialState, over_sizes
 from .statistics import MOST_PAIRS, fewest
 
@@ -60,9 +61,11 @@ class Trial:
         design: what to judge, and how.
         out: the folder for runs and trials.
         name: the trial's name. Default: made of the plan and the ideas.
-        storage: where the work is shared: a journal file, redis:// or a database's URL. Default: a
+        storage: where the work is shared: a journal file or a database's URL. Default: a
             journal in the trial's folder.
         workers: processes on this machine.
+        threads: of each worker. Default: OMP_NUM_THREADS, or all cores divided by the workers. All
+            runs of a trial have as many, whatever else runs here.
         create: whether the trial may be new.
         log: prints a line.
         command: for the runs' records.
@@ -80,6 +83,7 @@ class Trial:
         name: str | None = None,
         storage: str | None = None,
         workers: int = 1,
+        threads: int | None = None,
         create: bool = True,
         log: Callable[[str], None] = print,
         command: tuple[str, ...] = (),
@@ -92,7 +96,7 @@ class Trial:
         self.log = log
         self.command = command
         self.memory = tune_memory()
-        self.threads = max(1, torch.get_num_threads() // workers)
+        self.threads = threads or given() or max(1, torch.get_num_threads() // workers)
         check(design, workers)
         torch.set_num_threads(self.threads)
         if create:
@@ -131,6 +135,10 @@ class Trial:
         least = fewest(self.design.level, len(self.design.exp), spent=1.0)
         if self.design.max_pairs < least:
             self.log(f"fewer than {least} pairs cannot show that anything is REAL: --max-seeds")
+        with Share(self.threads):  # so that runs outside the trial make room
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         helpers = [self._start_helper() for _ in range(1, self.workers)]
         finished = False
         try:
@@ -152,6 +160,7 @@ class Trial:
             "out": str(self.out),
             "name": self.name,
             "storage": self.storage,
+            "threads": self.threads,
             "command": self.command,
         }
         command = [sys.executable, "-m", "lmplay.trial.runner", json.dumps(arguments)]
@@ -234,7 +243,11 @@ def resolve(
     tokens = stage.tokens or (stage.steps or 0) * per_step
     plan = with_validations(plan, tokens)
     options = RunOptions(
-        out=out, mini_batch_size=design.mini_batch_size, command=command, memory=memory
+        out=out,
+        mini_batch_size=design.mini_batch_size,
+        command=command,
+        memory=memory,
+        divide_cores=False,  # all runs of a trial have the same threads
     )
     reporter = Reporter(brief=True)
     arms = (against, *experiments)
@@ -300,12 +313,18 @@ def work(part: Part, log: Callable[[str], None]) -> None:
     """
     queue = part.queue
     owner = f"{socket.gethostname()} {os.getpid()}"
+    waiting_for = ""
     while units := part.state().needed():
         queue.offer(units)
         claimed = queue.claim(owner)
         if claimed is None:
             for key in queue.reclaim_stale():
                 log(f"its owner has stopped: {key}")
+            running = [f"{unit} ({of})" for unit, state, of in queue.status() if state == "running"]
+            others = ", ".join(running)
+            if others and others != waiting_for:
+                log(f"waiting for {others}; given up after {DEAD:g} s without a sign of life")
+            waiting_for = others
             time.sleep(WAIT)
             continue
         number, unit = claimed

@@ -9,6 +9,7 @@ import hashlib
 import ipaddress
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from ...errors import LmplayError
 from ..compare import RunCurve, any_curve
 from .write import page
 
+PATIENCE = 10.0  # seconds for a request to arrive
+CONNECTIONS = 64  # at once
 FRESH = 3.0  # seconds for which an answer is given again
 
 
@@ -77,6 +80,11 @@ def server(source: LiveContent, host: str, port: int) -> ThreadingHTTPServer:
     """
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = PATIENCE  # of a read or write; a connection that sends nothing is closed
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
         def do_GET(self) -> None:
             if not self.known_host():
                 return self.answer(403, "text/plain", b"another host's page asked\n")
@@ -100,7 +108,10 @@ def server(source: LiveContent, host: str, port: int) -> ThreadingHTTPServer:
 
             Otherwise a foreign page could read this one by pointing its own name here.
             """
-            asked = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+            try:
+                asked = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+            except ValueError:  # an unfinished [ of an IPv6 address, say
+                return False
             if asked in (host, "localhost", socket.gethostname().lower()):
                 return True
             try:
@@ -119,13 +130,35 @@ def server(source: LiveContent, host: str, port: int) -> ThreadingHTTPServer:
                 self.send_header("ETag", version)
             with suppress(ConnectionError):  # who asked has gone
                 self.end_headers()
-                self.wfile.write(body)
+                if self.command != "HEAD":
+                    self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Nothing: requests are no news."""
 
     class Server(ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        daemon_threads = True
+        free = threading.BoundedSemaphore(CONNECTIONS)
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if not self.free.acquire(blocking=False):
+                return self.shutdown_request(request)  # too many at once; a reader asks again
+            try:
+                super().process_request(request, client_address)
+            except BaseException:
+                self.free.release()
+                raise
+
+        def process_request_thread(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request_thread(request, client_address)
+            finally:
+                self.free.release()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exception(), OSError):  # a reader that went away is no news
+                super().handle_error(request, client_address)
 
     try:
         return Server((host, port), Handler)
