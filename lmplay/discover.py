@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -150,6 +151,15 @@ def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> E
                     broken or f"variant {variant}: Config has no {key}{did_you_mean(key, fields)}"
                 )
     return ExperimentFile(path, origin, doc, variants, str(baseline), fields, broken)
+
+
+def source_digest(path: Path) -> str:
+    """Return 16 hex digits of an experiment's code: its file, or all files of its folder."""
+    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def search_folders() -> list[tuple[Path, str]]:

@@ -113,6 +113,12 @@ def remove_abandoned(folder: Path) -> None:
             os.close(descriptor)
 
 
+def refuse_link(path: Path) -> None:
+    """Raise LmplayError if `path` is a symbolic link, which must not be written through."""
+    if path.is_symlink():
+        raise LmplayError(f"{path} is a symbolic link: it is not written through; remove it")
+
+
 def open_own(path: Path, mode: str) -> IO[str]:
     """Open a text file for writing or appending, but not through a symbolic link.
 
@@ -122,8 +128,7 @@ def open_own(path: Path, mode: str) -> IO[str]:
         LmplayError: it is a symbolic link.
         OSError: it cannot be opened.
     """
-    if path.is_symlink():
-        raise LmplayError(f"{path} is a symbolic link: it is not written through; remove it")
+    refuse_link(path)
     flags = {"w": os.O_TRUNC, "a": os.O_APPEND}[mode]
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
     return open(descriptor, mode, encoding="utf-8")

@@ -3,6 +3,9 @@
 Runs of one plan can be compared. An unknown key is an error. Sources, tokenizers and optimizers
 that plugins register are part of the schema. Plan files of the original playground load unchanged
 (:mod:`lmplay.legacy`); the defaults below are the original's.
+
+One module, because a plan's parts, how they are read, and what an error says of them belong
+together.
 """
 
 from __future__ import annotations

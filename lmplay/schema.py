@@ -41,6 +41,8 @@ def _check_kind(value: Any, kinds: set[type]) -> None:
     if isinstance(value, bool) and wants_number and bool not in kinds:
         raise ValueError(f"a number is wanted, not {str(value).lower()}")
     if isinstance(value, str):
+        if bool in kinds and not {str, int, float} & kinds:
+            raise ValueError(f'true or false is wanted, not the text "{value}"')
         if wants_number and str not in kinds:
             raise ValueError(f'a number is wanted, not the text "{value}"')
         try:

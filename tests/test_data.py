@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import write_plan, write_text
 
-from lmplay.data import packing, sources, token_files
+from lmplay.data import columns, packing, token_files
+from lmplay.data.columns import Columns
 from lmplay.data.prepare import prepare
-from lmplay.data.sources import Columns, FilesSource
+from lmplay.data.sources import FilesSource
 from lmplay.data.tokenizers import Bytes
 from lmplay.errors import LmplayError
 from lmplay.plan import Plan, PlanStage, load_plan, parse_plan
@@ -169,7 +170,7 @@ def test_columns_make_pieces_that_count_or_do_not() -> None:
         "title": "head",
         "m": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}],
     }
-    of = sources.document_of
+    of = columns.document_of
     assert of(row, Columns(text="text", title="title")) == [("head\n\nbody", True)]
     assert of(row, Columns(prompt="q", truth="a")) == [("What?\n\n", False), ("That.", True)]
     assert of(row, Columns(prompt="q", truth="a", prompt_loss=True))[0][1] is True

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import subprocess
 from pathlib import Path
 
@@ -174,11 +176,17 @@ def test_two_processes_do_not_train_one_run(command: Command, trained: Path) -> 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_disk_full_while_training(command: Command, tmp_path: Path) -> None:
     write_plan(tmp_path)
-    folder = tmp_path / "gpt_out" / "tiny" / "gpt2ish-s0"
-    folder.mkdir(parents=True)
-    (folder / "train.csv").symlink_to("/dev/full")
-    done = command("lmp_trainer", "--training-plan", "tiny.json", "--mini-batch-size", "8")
-    one_line(done, "No space left on device", "train.csv")
+    words = ("lmp_trainer", "--training-plan", "tiny.json", "--mini-batch-size", "8")
+    assert command(*words, "--steps", "1").returncode == 0  # the data are prepared
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))  # as a full disk, for this process
+    try:
+        done = command(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    one_line(done, "File too large", "checkpoint could not be written")
 
 
 @pytest.mark.parametrize(
@@ -196,15 +204,14 @@ def test_bad_settings(command: Command, arguments: tuple[str, ...], says: str) -
     one_line(command("lmp_trainer", "--training-plan", "smoke", *arguments), says)
 
 
-def test_without_a_plan_the_one_for_this_machine_is_taken_and_said(command: Command) -> None:
-    done = command("lmp_trainer", "--exp", "gpt2ish_tiny", "--describe")
-    assert done.returncode == 0, done.stderr
-    chosen = (
-        "default (a CUDA card is used"
-        if torch.cuda.is_available()
-        else "laptop (no CUDA card is used"
-    )
-    assert f"training plan: {chosen}" in done.stdout
+def test_without_a_plan_one_is_taken_that_downloads_nothing_and_said(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for has_card in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda answer=has_card: answer)
+        done = command("lmp_trainer", "--exp", "gpt2ish_tiny", "--describe", "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+        assert "training plan: laptop (--training-plan list" in done.stdout
 
 
 def test_amp_says_when_the_hardware_has_none(command: Command, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from conftest import Command, call_command, write_plan
 
 from lmplay import testing
 from lmplay.data.tokenizers import Bytes, Chars, Tiktoken, train_bpe
+from lmplay.discover import source_digest
 from lmplay.errors import LmplayError
 from lmplay.export import hf, needs, verification
 from lmplay.export.tokenizer import fast_tokenizer
@@ -160,11 +161,15 @@ def test_a_wrong_fold_is_not_written(folder: Path) -> None:
     text = source.read_text()
     wrong = text.replace("table: Any = module.table()", "table: Any = module.table() * 1.01")
     assert wrong != text
+    record = (run / "run.json").read_text()
+    digest = source_digest(source)
     try:
         source.write_text(wrong)
-        done = clean(folder, "--out", "wrong")
+        (run / "run.json").write_text(record.replace(digest, source_digest(source)))
+        done = clean(folder, "--out", "wrong", "--trust")
     finally:
         source.write_text(text)
+        (run / "run.json").write_text(record)
     assert done.returncode == 1
     assert "differs from the trained one" in done.stderr
     assert not list(folder.glob("*wrong*"))

@@ -297,7 +297,7 @@ def test_a_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
     assert "val_bpb:" in run("trainer", "--training-plan", "smoke", "--steps", "3")
     assert run("generator", "The ", "--max-len", "3").startswith("The ")
     run("plotstats")
-    assert (empty / "log_loss.png").exists()
+    assert (empty / "gpt_out" / "plots" / "log_loss.png").exists()
     run("plotstats", "--html", "page.html")
     assert (empty / "page.html").stat().st_size > 1_000_000
     schema = (site / "lmplay" / "shipped" / "training_plans" / "plan.schema.json").read_text()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_equal_to_the_bit, call_command, run_command, write_plan
+from conftest import assert_equal_to_the_bit, call_command, write_plan
 from forked import forked
 from rich.console import Console
 

@@ -20,7 +20,7 @@ from . import _args, run_command
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..training.progress import Output, Reporter
+    from ..training.progress import Reporter
     from ..training.run import Job, PreparedRun
 
 EPILOG = """examples:
@@ -228,7 +228,7 @@ def print_diff(exp: str, console: Console) -> None:
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def train(args: argparse.Namespace, memory: str, console: Output) -> int:
+def train(args: argparse.Namespace, memory: str, console: Console) -> int:
     """Train, or do what the mode asks for."""
     from .. import python
     from ..training.loop import Stopped

@@ -80,7 +80,7 @@ def _jsonl(path: Path, documents: str) -> Iterator[Row]:
         head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         file.seek(0)
         if head.startswith(b"["):
-            rows = _parsed(file.read(), path, 1)
+            rows = _parsed(file.read(), path, 0)
             for number, row in enumerate(rows, 1):
                 yield _object(row, path, f"item {number}")
             return
@@ -90,12 +90,13 @@ def _jsonl(path: Path, documents: str) -> Iterator[Row]:
 
 
 def _parsed(text: bytes, path: Path, line: int) -> Any:
+    """Parse a line of the file, or with 0 all of it."""
     try:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
-        raise LmplayError(f"{path}: line {line} is not UTF-8: {e.reason}") from e
+        raise LmplayError(f"{path}: line {line or 1} is not UTF-8: {e.reason}") from e
     except json.JSONDecodeError as e:
-        raise LmplayError(f"{path}: line {line + e.lineno - 1} is not JSON: {e.msg}") from e
+        raise LmplayError(f"{path}: line {line or e.lineno} is not JSON: {e.msg}") from e
     except RecursionError as e:
         raise LmplayError(f"{path}: line {line} is nested too deeply") from e
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import struct
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import LmplayError
+from ..errors import LmplayError, first_line
 from .book import ASK, BID
 from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, REPLACE, Event, Market
 from .sessions import DataIssues, Session
+
+HEADER = 2  # bytes before each message: a zero and the message's length
 
 
 def sessions(path: Path, tickers: tuple[str, ...], tick: int) -> list[Session]:
@@ -41,7 +44,7 @@ def _events(
 ) -> Iterator[tuple[int, Event]]:
     orders = market.book.orders
     mine: set[int] = set()  # every order of this ticker that was ever added
-    for number, message in enumerate(_messages(path), 1):
+    for number, message in enumerate(_messages(path, issues), 1):
         kind = message.message_type
         if kind in (b"A", b"F"):
             if message.stock.decode().strip() != ticker:
@@ -89,13 +92,36 @@ def _events(
         yield number, event
 
 
-def _messages(path: Path) -> Iterator[Any]:
+def _messages(path: Path, issues: DataIssues) -> Iterator[Any]:
     parser = importlib.import_module("itch.parser").MessageParser()
+    number = 0
+    consumed = 0
     with open(path, "rb") as file:
         try:
-            yield from parser.parse_file(file)
-        except ValueError as e:
-            raise LmplayError(f"{path}: this is not ITCH 5.0: {e}") from e
+            for number, message in enumerate(parser.parse_file(file), 1):  # noqa: B007
+                consumed += HEADER + message.message_size
+                yield message
+                if message.message_type == b"S" and message.event_code == b"C":
+                    return  # the end of the day's messages
+        except (ValueError, KeyError, IndexError, struct.error) as e:
+            raise LmplayError(
+                f"{path}: after message {number}: this is not ITCH 5.0: {first_line(e)}"
+            ) from e
+    if consumed < path.stat().st_size and _ends_inside_a_message(path):
+        issues.wrong(
+            number + 1,
+            "truncated",
+            "the file ends in the middle of a message: is it truncated?",
+        )
+
+
+def _ends_inside_a_message(path: Path) -> bool:
+    """Walk over the messages by their lengths: the package's reader drops an incomplete last."""
+    with open(path, "rb") as file:
+        while header := file.read(HEADER):
+            if len(header) < HEADER or len(file.read(header[1])) < header[1]:
+                return True
+    return False
 
 
 def _ticks(price: int, tick: int, issues: DataIssues, number: int) -> int | None:

@@ -12,6 +12,11 @@ first message has no add: it is seeded from the first row, one order to a level,
 messages about orders that were never added are about these. A level that comes into view, or that
 changed out of view and comes back, becomes a cancel of what was there and an add, which no line of
 the message file says: they are counted.
+
+The book file is the truth. What happened out of view is unknown: a level that was there may hold
+other orders when it returns, so messages about unknown orders then take from what rests there.
+
+One module, because reading and writing must agree on every column.
 """
 
 from __future__ import annotations
@@ -22,10 +27,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from ..errors import LmplayError
+from ..errors import LmplayError, first_line
 from .book import ASK, BID, Book, Order
 from .events import ADD, CANCEL, EXECUTE, EXECUTE_AT, MAX_SIZE, Event, Market
-from .sessions import DataIssues, Session
+from .sessions import DataIssues, Errors, Session
 
 NAME = re.compile(r"(?P<ticker>[^_]+)_(?P<day>[^_]+)_(?P<rest>.*)message(?P<levels>_?\d*)\.csv")
 TYPES = {1: ADD, 2: CANCEL, 3: CANCEL, 4: EXECUTE}
@@ -45,11 +50,12 @@ class Row(NamedTuple):
     side: int
 
 
-def sessions(path: Path, tick: int) -> list[Session]:
+def sessions(path: Path, tick: int, errors: Errors = "stop") -> list[Session]:
     """Return the sessions of a message file, or of all message files in a folder, by name.
 
     Args:
         tick: the price grid in units of 1/10000: 100 is a cent.
+        errors: "skip" leaves out lines at the beginning that cannot be read, such as a header.
 
     Raises:
         LmplayError: there is none, or a book file is missing.
@@ -61,23 +67,17 @@ def sessions(path: Path, tick: int) -> list[Session]:
     )
     if not files:
         raise LmplayError(f"{path}: there is no message file (TICKER_DAY_..._message_LEVELS.csv)")
-    return [_session(file, tick) for file in files]
+    return [_session(file, tick, errors) for file in files]
 
 
-def _session(path: Path, tick: int) -> Session:
+def _session(path: Path, tick: int, errors: Errors) -> Session:
     match = NAME.fullmatch(path.name)
     if match is None:
         raise LmplayError(f"{path}: a message file's name is TICKER_DAY_..._message_LEVELS.csv")
     book_path = path.with_name(path.name.replace("message", "orderbook"))
     if not book_path.is_file():
         raise LmplayError(f"{path}: its book file is missing: {book_path.name}")
-    with open(path, newline="") as messages, open(book_path, newline="") as books:
-        first = next(csv.reader(messages), None)
-        state = next(csv.reader(books), None)
-    if first is None or state is None:
-        raise LmplayError(f"{path}: the file is empty")
-    start = _row(first, tick, path, 1)
-    view = _levels(state, tick, book_path, 1)
+    start, view, first_line = _first(path, book_path, tick, errors)
     seeds = [
         Order(-1 - i, side, price, min(size, MAX_SIZE), start.time)
         for i, (side, price, size) in enumerate(
@@ -87,123 +87,206 @@ def _session(path: Path, tick: int) -> Session:
 
     def events(market: Market, issues: DataIssues) -> Iterator[tuple[int, Event]]:
         # The first message is part of the first row's state already.
-        clipped = {(side, p) for side in (BID, ASK) for p, v in view[side].items() if v > MAX_SIZE}
-        yield from _events(
-            path, book_path, tick, market, issues, view, clipped, next_seed=-1 - len(seeds)
-        )
+        if first_line > 1:
+            issues.counts["skipped: cannot be read"] += first_line - 1
+        levels = Levels(market.book, view, next_seed=-1 - len(seeds))
+        yield from _events(path, book_path, tick, issues, levels, first_line)
 
     return Session(path.name, match["ticker"], start.time, seeds, events, tick)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number and the fields of each line.
+
+    Raises:
+        LmplayError: it is no text, or no CSV.
+    """
+    line = 0
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for line, fields in enumerate(csv.reader(file), 1):
+                yield line, fields
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise LmplayError(f"{path}: line {line + 1}: it cannot be read: {first_line(e)}") from e
+
+
+def _first(
+    path: Path, book_path: Path, tick: int, errors: Errors
+) -> tuple[Row, list[dict[int, int]], int]:
+    """Return the first message, the state after it, and the number of their line."""
+    for (line, fields), (_, state) in zip(_rows(path), _rows(book_path), strict=False):
+        try:
+            return _row(fields, tick, path, line), _levels(state, tick, book_path, line), line
+        except LmplayError:
+            if errors == "stop":
+                raise
+    raise LmplayError(f"{path}: it has no line that can be read, or {book_path.name} has none")
 
 
 def _events(
     path: Path,
     book_path: Path,
     tick: int,
-    market: Market,
     issues: DataIssues,
-    view: list[dict[int, int]],
-    clipped: set[tuple[int, int]],
-    next_seed: int,
+    levels: Levels,
+    first: int,
 ) -> Iterator[tuple[int, Event]]:
-    book = market.book
-    with open(path, newline="") as messages, open(book_path, newline="") as books:
-        book_rows = csv.reader(books)
-        next(book_rows)
-        for line, fields in enumerate(csv.reader(messages), 1):
-            if line == 1:
-                continue
-            state = next(book_rows, None)
-            if state is None:
-                raise LmplayError(
-                    f"{book_path}: it ends after line {line - 1}, its message file goes on"
-                )
-            try:
-                row = _row(fields, tick, path, line)
-                after = _levels(state, tick, book_path, line)
-            except LmplayError:
-                if issues.errors == "stop":
-                    raise
-                issues.counts["skipped: cannot be read"] += 1
-                continue
-            if row.type in UNSEEN:
-                issues.counts[UNSEEN[row.type]] += 1
-            elif row.type not in TYPES:
-                issues.wrong(line, "type", f"there is no type {row.type}")
-            else:
-                yield line, _event(row, book)
-            touched = (row.side, row.price) if row.type in TYPES else None
-            if touched and row.type == 1 and row.size > MAX_SIZE:
-                clipped.add(touched)
-            for event in _differences(book, after, view, touched, clipped, tick, issues, line):
-                event = event._replace(time=row.time)
-                if event.kind == ADD:
-                    event = event._replace(order=next_seed)
-                    next_seed -= 1
+    book_rows = _rows(book_path)
+    line = 0
+    for line, fields in _rows(path):
+        _, state = next(book_rows, (0, None))
+        if state is None:
+            raise LmplayError(
+                f"{book_path}: it ends after line {line - 1}, its message file goes on"
+            )
+        if line <= first:
+            continue
+        try:
+            row = _row(fields, tick, path, line)
+            after = _levels(state, tick, book_path, line)
+        except LmplayError:
+            if issues.errors == "stop":
+                raise
+            issues.counts["skipped: cannot be read"] += 1
+            continue
+        if row.type in UNSEEN:
+            issues.counts[UNSEEN[row.type]] += 1
+        elif row.type not in TYPES:
+            issues.wrong(line, "type", f"there is no type {row.type}")
+        else:
+            for event in levels.events_of(row, after, issues):
                 yield line, event
-            view = after
-        if next(book_rows, None) is not None:
-            raise LmplayError(f"{path}: it ends after line {line}, its book file goes on")
+        for event in levels.corrections(row, after, tick, issues, line):
+            yield line, event
+    if next(book_rows, None) is not None:
+        raise LmplayError(f"{path}: it ends after line {line}, its book file goes on")
 
 
-def _differences(
-    book: Book,
-    after: list[dict[int, int]],
-    before: list[dict[int, int]],
-    touched: tuple[int, int] | None,
-    clipped: set[tuple[int, int]],
-    tick: int,
-    issues: DataIssues,
-    line: int,
-) -> Iterator[Event]:
-    """Yield the events that make the book equal to its file: levels that entered or left the view.
+class Levels:
+    """What the two files together say about each level.
 
-    If a level was in view before and differs, the files contradict each other.
+    before: price -> volume by side, as the book file showed it last.
+    clipped: levels with an order or a stand-in whose size is above MAX_SIZE, and was cut.
+    unsure: levels that were out of view, so that other orders than ours may rest there.
     """
-    for side in (BID, ASK):
+
+    def __init__(self, book: Book, view: list[dict[int, int]], next_seed: int):
+        self.book = book
+        self.before = view
+        self.clipped = {
+            (side, p) for side in (BID, ASK) for p, v in view[side].items() if v > MAX_SIZE
+        }
+        self.unsure: set[tuple[int, int]] = set()
+        self.next_seed = next_seed
+
+    def events_of(self, row: Row, after: list[dict[int, int]], issues: DataIssues) -> list[Event]:
+        """Return the events of a message: one, or several for an order that ours stand in for."""
+        kind = TYPES[row.type]
+        level = (row.side, row.price)
+        plain = Event(row.time, kind, row.side, row.price, row.size, row.order)
+        if kind == ADD:
+            if row.size > MAX_SIZE:
+                self.clipped.add(level)
+            return [plain]
+        known = self.book.orders.get(row.order)
+        if known is not None and (row.size <= known.size or level not in self.unsure):
+            return [plain]
+        rests = [] if known is None else [known]
+        rests += [o for o in self.book.queue(*level) if o.id < 0 and o is not known]
+        if level in self.unsure:
+            rests += [o for o in self.book.queue(*level) if o.id >= 0 and o is not known]
+        if not rests:
+            seen = row.price in self.before[row.side] or row.price in after[row.side]
+            if seen and level not in self.unsure:
+                return [plain]  # reported: the message contradicts the book file
+            issues.counts["about orders out of view"] += 1
+            return []
+        events = []
+        left = row.size
+        for order in rests:
+            take = min(left, order.size)
+            events.append(plain._replace(size=take, order=order.id))
+            left -= take
+            if not left:
+                break
+        if left:
+            issues.counts["sizes beyond what is known to rest"] += 1
+        return events
+
+    def corrections(
+        self,
+        row: Row,
+        after: list[dict[int, int]],
+        tick: int,
+        issues: DataIssues,
+        line: int,
+    ) -> Iterator[Event]:
+        """Yield the events that make the book equal to its file, and remember the view.
+
+        If a level was in view before and differs, the files contradict each other.
+        """
+        touched = (row.side, row.price) if row.type in TYPES else None
+        for side in (BID, ASK):
+            for price in list(self.book.prices[side]):
+                if not self._in_view(side, price, after):
+                    self.unsure.add((side, price))
+                elif not self.book.beyond(price):
+                    yield from self._removals(side, price, after, touched, tick, issues, line, row)
+        for side in (BID, ASK):
+            for price, volume in after[side].items():
+                level = (side, price)
+                if price in self.book.volume[side] or self.book.beyond(price):
+                    continue
+                is_known = price in self.before[side] or level == touched
+                if is_known and level not in self.clipped | self.unsure:
+                    text = f"the book file has {volume} at {price * tick}, the messages make 0"
+                    issues.wrong(line, "book file disagrees", text)
+                if self.book.crosses(side, price):
+                    issues.counts["levels that would trade at once"] += 1
+                    continue
+                issues.counts["levels that came into view"] += 1
+                if volume > MAX_SIZE:
+                    self.clipped.add(level)
+                else:
+                    self.clipped.discard(level)
+                yield Event(row.time, ADD, side, price, min(volume, MAX_SIZE), self.next_seed)
+                self.next_seed -= 1
+        gone = {x for x in self.unsure | self.clipped if x[1] not in self.book.volume[x[0]]}
+        self.unsure -= gone
+        self.clipped -= gone
+        self.before = after
+
+    def _in_view(self, side: int, price: int, after: list[dict[int, int]]) -> bool:
+        """Return whether the book file would show a level."""
         shown = after[side]
-        complete = len(after[side]) < len(before[side])
-        worst = (min if side == BID else max)(shown, default=None)
-        for price in list(book.prices[side]):
-            inside = (
-                worst is None or complete or (price >= worst if side == BID else price <= worst)
-            )
-            mine = book.volume[side].get(price, 0)
-            theirs = shown.get(price, 0)
-            if mine == theirs or not inside or book.beyond(price) or (side, price) in clipped:
-                continue
-            if price in before[side] or (side, price) == touched:
-                text = f"the book file has {theirs} at {price * tick}, the messages make {mine}"
-                issues.wrong(line, "book file disagrees", text)
-            issues.counts["levels that changed out of view"] += 1
-            for order in list(book.queue(side, price)):
-                yield Event(0, CANCEL, side, price, order.size, order.id)
-    for side in (BID, ASK):
-        for price, volume in after[side].items():
-            if price in book.volume[side] or book.beyond(price):
-                continue
-            expected = (side, price) in clipped or not (
-                price in before[side] or (side, price) == touched
-            )
-            if not expected:
-                text = f"the book file has {volume} at {price * tick}, the messages make 0"
-                issues.wrong(line, "book file disagrees", text)
-            if book.crosses(side, price):
-                issues.counts["levels that would trade at once"] += 1
-                continue
-            issues.counts["levels that came into view"] += 1
-            if volume > MAX_SIZE:
-                clipped.add((side, price))
-            yield Event(0, ADD, side, price, min(volume, MAX_SIZE), 0)
+        if not shown or len(shown) < len(self.before[side]):
+            return True  # all that there is
+        return price >= min(shown) if side == BID else price <= max(shown)
 
-
-def _event(row: Row, book: Book) -> Event:
-    kind = TYPES[row.type]
-    order = row.order
-    # it was there before the file began, or came into view
-    if kind != ADD and order not in book.orders:
-        seed = next((o for o in book.queue(row.side, row.price) if o.id < 0), None)
-        order = order if seed is None else seed.id
-    return Event(row.time, kind, row.side, row.price, row.size, order)
+    def _removals(
+        self,
+        side: int,
+        price: int,
+        after: list[dict[int, int]],
+        touched: tuple[int, int] | None,
+        tick: int,
+        issues: DataIssues,
+        line: int,
+        row: Row,
+    ) -> Iterator[Event]:
+        """Yield the cancels of a level that is in view with another volume than the file's."""
+        level = (side, price)
+        mine = self.book.volume[side].get(price, 0)
+        theirs = after[side].get(price, 0)
+        if mine == theirs or (level in self.clipped and theirs > mine):
+            return  # a part of a large size is missing here, as it must be
+        is_known = price in self.before[side] or level == touched
+        if is_known and level not in self.clipped | self.unsure:
+            text = f"the book file has {theirs} at {price * tick}, the messages make {mine}"
+            issues.wrong(line, "book file disagrees", text)
+        issues.counts["levels that changed out of view"] += 1
+        for order in list(self.book.queue(side, price)):
+            yield Event(row.time, CANCEL, side, price, order.size, order.id)
 
 
 def _row(fields: Sequence[str], tick: int, path: Path, line: int) -> Row:

@@ -71,7 +71,7 @@ class MarketSource(LocalSource):
         elif self.data == "bitstamp":
             found = [bitstamp.session()]
         elif self.data == "lobster":
-            found = lobster.sessions(Path(self.path or ""), self.tick)
+            found = lobster.sessions(Path(self.path or ""), self.tick, self.errors)
         else:
             found = itch.sessions(Path(self.path or ""), tickers, self.tick)
         for session in found:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LmplayError
-from ..files import open_own, sync_file
+from ..files import open_own, refuse_link, sync_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +39,7 @@ class AppendOnlyFile:
         Raises:
             LmplayError: the file is shorter, so rows are missing.
         """
+        refuse_link(self.path)
         if self.size < size:
             raise LmplayError(
                 f"{self.path}: rows are missing that the checkpoint contains; --fresh starts over"

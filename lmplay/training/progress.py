@@ -71,7 +71,7 @@ def make_console() -> Output:
 class Reporter:
     """Progress of one run. Use it as a context; `note` works outside of it, too."""
 
-    def __init__(self, console: Output | None = None, brief: bool = False):
+    def __init__(self, console: Console | None = None, brief: bool = False):
         self.console = console or Output()
         self.log_path: Path | None = None
         self._unlogged: list[str] = []  # said before there was a log
@@ -111,12 +111,14 @@ class Reporter:
         try:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         except OSError:  # the terminal was closed
+            if not isinstance(self.console, Output):
+                raise
             self.console.close_output()
 
     @property
     def reader_gone(self) -> bool:
         """Whether nobody reads the output any more."""
-        return self.console.reader_gone
+        return isinstance(self.console, Output) and self.console.reader_gone
 
     def log_to(self, path: Path | None) -> None:
         """Log to this file, starting with the notes since the last file was closed with None."""

@@ -22,7 +22,7 @@ from ..api import Batch
 from ..data.packing import mixtures
 from ..data.prepare import Prepared, prepare
 from ..devices import Precision, describe_device, pick_device, pick_precision
-from ..discover import Experiment, find, find_baseline, load
+from ..discover import Experiment, find, find_baseline, load, source_digest
 from ..errors import LmplayError, first_line
 from ..files import write_text
 from ..model import autocast, to_batch
@@ -42,7 +42,6 @@ from .run_folder import (
     identity,
     make_out,
     safe_name,
-    source_digest,
 )
 
 DEFAULT_PLAN = "laptop"  # on every device; it downloads nothing

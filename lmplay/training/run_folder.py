@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import re
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..data import tokenizers
-from ..discover import Experiment, find, load
+from ..discover import Experiment, find, load, source_digest
 from ..errors import BusyError, LmplayError
 from ..files import below, open_own, write_json, write_text
 from ..plan import Plan
@@ -34,19 +33,10 @@ RUN_FILE = "run.json"
 MOVED = "~"  # marks a run that --fresh moved aside
 
 
-def source_digest(path: Path) -> str:
-    """Return 16 hex digits of an experiment's code: its file, or all files of its folder."""
-    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def folder_name(variant: str, overrides: Mapping[str, str], extras: list[str], seed: int) -> str:
     """Return <variant>[-<override>…]-s<seed>, with characters that every file system accepts."""
     parts = [variant, *(f"{k}={v}" for k, v in sorted(overrides.items())), *extras, f"s{seed}"]
-    return "-".join(safe_name(part) for part in parts)
+    return "-".join(re.sub(r"[^\w.=+]", "_", part) for part in parts)
 
 
 def safe_name(text: str) -> str:

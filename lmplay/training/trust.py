@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.token_files import cache_folder
-from ..discover import list_sources
+from ..discover import list_sources, source_digest
 from ..errors import LmplayError
 from ..files import write_text
 
@@ -45,8 +45,6 @@ def is_own(digest: str, record: dict[str, Any]) -> bool:
     signed = record.get(SIGNATURE)
     if isinstance(signed, str) and hmac.compare_digest(signed, signature(digest)):
         return True
-    from .run_folder import source_digest
-
     known = (source.path for source in list_sources() if source.path.is_file())
     return any(source_digest(path) == digest for path in known)
 

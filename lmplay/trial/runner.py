@@ -23,7 +23,7 @@ import torch
 from ..analysis.compare import TRIALS
 from ..data.prepare import prepare
 from ..devices import pick_device, pick_precision, tune_memory
-from ..discover import find, find_baseline, load
+from ..discover import find, find_baseline, load, source_digest
 from ..errors import BusyError, LmplayError, NotFiniteError
 from ..files import write_json
 from ..plan import Plan, find_plan, load_plan
@@ -32,7 +32,7 @@ from ..training.curves import read_curve
 from ..training.loop import Stopped
 from ..training.progress import Reporter
 from ..training.run import Job, PreparedRun, RunOptions, matched, sized_config
-from ..training.run_folder import make_out, source_digest
+from ..training.run_folder import make_out
 from .design import CONTROLS, Design, FixedDesign, Result, Unit
 from .queue import DEAD, Queue, open_storage
 from .state import TrialState, over_sizes
