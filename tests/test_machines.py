@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from conftest import Command, run_command, write_plan
 
 from lmplay import devices, threads
 from lmplay.analysis import figures
-from lmplay.cli import is_out_of_memory
+from lmplay.cli import is_out_of_memory, trainer
 from lmplay.discover import find, read_source
 from lmplay.errors import LmplayError
 from lmplay.plan import load_plan, parse_plan
@@ -106,14 +107,16 @@ def test_a_closed_pipe_saves(tmp_path: Path) -> None:
 def test_an_encoding_without_a_sample_s_characters_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    monkeypatch.setenv("PYTHONIOENCODING", encoding)
     lines = [json.dumps({"text": f"漢字かな交じり文 {i} " * 5}) for i in range(90)]
     (tmp_path / "kanji.jsonl").write_text("\n".join(lines))
     source = {"source": "files", "path": "kanji.jsonl"}
     write_plan(tmp_path, datasets={"words": source}, tokenizer={"kind": "chars"})
-    done = run_command("lmp_trainer", *TRAIN, "--steps", "2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "\\u" in done.stdout, "what it cannot say is escaped"
+    monkeypatch.chdir(tmp_path)
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding=encoding))
+    assert trainer.main([*TRAIN, "--steps", "2"]) == 0
+    sys.stdout.flush()
+    assert b"\\u" in output.getvalue(), "what it cannot say is escaped"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -422,7 +422,12 @@ def test_a_good_sample_is_read(tmp_path: Path) -> None:
             "line 3: the book file has 71 at 1000000",
         ),
         (3, "34200.6,2,99,30,1000100,1", None, "line 3: order 99 is not in the book"),
-        (3, "34200.6,2,11,300,1000000,1", None, "line 3: 300 of order"),
+        (
+            3,
+            "34200.6,2,11,300,1000000,1",
+            None,
+            "the book file has 70 at 1000000, the messages make 0",
+        ),
         (3, "34200.6,9,11,30,1000000,1", None, "line 3: there is no type 9"),
         (3, "34200.6,2,11,abc,1000000,1", None, "line 3: invalid literal"),
         (3, None, "1000200,50,1000000", "line 3: it has 3 columns"),

@@ -43,9 +43,9 @@ def only_run(folder: Path) -> Path:
 
 
 def test_killed_at_random_moments_and_resumed_it_is_equal_to_the_bit(tmp_path: Path) -> None:
-    """At least ten SIGKILLs in one run, wherever they fall: between steps, in a save, in
-    validation."""
-    steps = 160
+    """At least five SIGKILLs in one run, wherever they fall: between steps, in a save, in
+    validation. benchmarks/kills.py makes two hundred."""
+    steps = 100
     changes = {
         "steps": [{"datasets": ["words"], "steps": steps}],
         "optimizer": {"name": "adamw", "lr": 1e-3},
@@ -85,12 +85,12 @@ def test_killed_at_random_moments_and_resumed_it_is_equal_to_the_bit(tmp_path: P
                 time.sleep(0.005)  # until it trains, so that the kill falls into the loop
             time.sleep(dice.uniform(0.0, 0.08))
             status = warm.poll() if status is None else status
-            if attempt < 11 and status is None:
+            if attempt < 6 and status is None:
                 os.kill(pid, signal.SIGKILL)
                 kills += 1
             if (warm.wait() if status is None else status) == 0:
                 break
-    assert kills >= 10, f"only {kills} kills: the run is too short for this machine"
+    assert kills >= 5, f"only {kills} kills: the run is too short for this machine"
     assert len(read_curve(train)) == steps
     assert_equal_to_the_bit(only_run(folders[0]), only_run(folders[1]))
 

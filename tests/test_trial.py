@@ -12,6 +12,7 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from conftest import Command, write_plan
 from scipy import stats
 
 from lmplay.errors import LmplayError
-from lmplay.trial import queue
+from lmplay.trial import queue, runner
 from lmplay.trial import state as trial
 from lmplay.trial.design import FixedDesign, Result, Unit
 from lmplay.trial.state import TrialState
@@ -318,6 +319,52 @@ def test_the_work_of_a_dead_owner_is_given_to_another(
     assert again is not None
     assert again[1] == lost[1]
     assert not dead.give_up(lost[0])
+
+
+def test_the_work_of_an_ended_process_of_this_machine_is_given_up_at_once(
+    storage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "DEAD", 1e6)
+    alive, dead = (queue.Queue(storage, "t", design()) for _ in range(2))
+    units = [Unit("pair", "good", s) for s in range(3)]
+    alive.offer(units)
+    process = subprocess.Popen(["sleep", "100"])
+    with monkeypatch.context() as changed:
+        changed.setattr(queue.os, "getpid", lambda: process.pid)
+        lost = dead.claim("host 1")
+    mine = alive.claim("host 2")
+    assert lost is not None
+    assert mine is not None
+    assert alive.reclaim_stale() == []
+    process.kill()
+    process.wait()
+    assert alive.reclaim_stale() == [lost[1].key]
+
+
+def test_a_worker_says_for_whom_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: Any
+) -> None:
+    """Once, and not at every look."""
+    monkeypatch.setattr(runner, "WAIT", 0.0)
+    other = queue.Queue(storage, "t", design())
+    units = [Unit("pair", "good", 0)]
+    other.offer(units)
+    claimed = other.claim("elsewhere 7")
+    assert claimed is not None
+    asked = iter([units, units, units, []])
+
+    class State:
+        def needed(self) -> list[Unit]:
+            return next(asked)
+
+    part = SimpleNamespace(
+        queue=queue.Queue(storage, "t", design()), state=State, folder=tmp_path, design=design()
+    )
+    said: list[str] = []
+    runner.work(part, said.append)
+    assert said == [
+        f"waiting for {units[0].key} (elsewhere 7); given up after 30 s without a sign of life"
+    ]
 
 
 def test_another_design_under_the_same_name_is_refused(storage: Any) -> None:

@@ -154,7 +154,7 @@ def _events(
         elif row.type not in TYPES:
             issues.wrong(line, "type", f"there is no type {row.type}")
         else:
-            for event in levels.events_of(row, after, issues):
+            for event in levels.events_of(row, issues):
                 yield line, event
         for event in levels.corrections(row, after, tick, issues, line):
             yield line, event
@@ -179,7 +179,7 @@ class Levels:
         self.unsure: set[tuple[int, int]] = set()
         self.next_seed = next_seed
 
-    def events_of(self, row: Row, after: list[dict[int, int]], issues: DataIssues) -> list[Event]:
+    def events_of(self, row: Row, issues: DataIssues) -> list[Event]:
         """Return the events of a message: one, or several for an order that ours stand in for."""
         kind = TYPES[row.type]
         level = (row.side, row.price)
@@ -196,8 +196,7 @@ class Levels:
         if level in self.unsure:
             rests += [o for o in self.book.queue(*level) if o.id >= 0 and o is not known]
         if not rests:
-            seen = row.price in self.before[row.side] or row.price in after[row.side]
-            if seen and level not in self.unsure:
+            if self._in_view(row.side, row.price, self.before):
                 return [plain]  # reported: the message contradicts the book file
             issues.counts["about orders out of view"] += 1
             return []

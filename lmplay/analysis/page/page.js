@@ -219,7 +219,7 @@ function layout(x, y, more) {
     showlegend: false,
     hovermode: "closest",
     font: { color: color("--text"), family: "system-ui, sans-serif" },
-    margin: { l: 60, r: 20, t: 10, b: 45 },
+    margin: { l: 60, r: 20, t: 36, b: 45 }, // the toolbar is above the curves
     xaxis: { ...axis, title: { text: x } },
     yaxis: { ...axis, title: { text: y } },
     ...more,
@@ -253,6 +253,42 @@ function area(x, low, high, fill, name) {
 function transparent(hex, alpha) {
   const n = parseInt(hex.slice(1), 16);
   return `rgba(${n >> 16}, ${(n >> 8) & 255}, ${n & 255}, ${alpha})`;
+}
+
+function withRoom(low, high) {
+  const room = 0.06 * (high - low) || Math.abs(high) * 0.01 || 0.01;
+  return [low - room, high + room];
+}
+
+const strokes = { solid: "—", dash: "- -", dashdot: "- ·", dot: "· · ·" };
+
+// Names at the ends of the curves, moved apart where they would overlap. Phones have no room.
+function labelEnds(made, ends, look, logx) {
+  const shown = [...ends].filter(([name]) => !hidden.has(key(name)));
+  if (!made.yaxis.range || window.innerWidth < 900 || shown.length > content.colors.length) return;
+  const [low, high] = made.yaxis.range,
+    log = made.yaxis.type === "log",
+    height = Math.max(100, $("figure").clientHeight - made.margin.t - made.margin.b);
+  const at = (v) => (((log ? Math.log10(v) : v) - low) / (high - low)) * height;
+  made.margin.r = 40 + 7 * Math.max(0, ...shown.map(([name]) => Math.min(30, name.length)));
+  let below = -Infinity;
+  made.annotations = shown
+    .sort((a, b) => a[1].mean - b[1].mean)
+    .map(([name, end]) => {
+      const y = at(end.mean),
+        place = Math.max(y, below + 16);
+      below = place;
+      return {
+        x: logx ? Math.log10(end.x) : end.x,
+        y: log ? Math.log10(end.mean) : end.mean,
+        xanchor: "left",
+        xshift: 4,
+        yshift: place - y,
+        showarrow: false,
+        text: `${strokes[look[name].dash]} ${escaped(name.slice(0, 30))}`,
+        font: { color: look[name].color, size: 12 },
+      };
+    });
 }
 
 function draw() {
@@ -351,13 +387,22 @@ function draw() {
           "at %{x:.4s}<extra></extra>",
       });
   }
+  const bounds = [];
+  for (const [name, seeds] of groups) {
+    const total = hidden.has(key(name)) ? null : band(seeds, content.quantiles, content.grid);
+    total?.mean.forEach((m, i) => {
+      if (!logx || total.x[i] > 0) bounds.push(m - total.half[i], m + total.half[i]);
+    });
+  }
   const better = $("metric").value === "accuracy" ? "higher is better" : "lower is better";
   const title = diff ? `${metric}, difference to ${escaped(base)}` : metric;
   const made = layout(content.labels[$("x").value], `${title}<br>(${better})`, {});
   made.xaxis.type = logx ? "log" : "linear";
   made.yaxis.type = $("logy").checked && !diff ? "log" : "linear";
+  made.xaxis.tickformat = "~s"; // 5k, 10k, 20k
+  made.xaxis.nticks = window.innerWidth < 640 ? 5 : 9;
   if (diff && shown.length) {
-    // the first wild points must not hide the rest
+    // The first wild points of single runs must not hide the rest; a mean and its band may.
     const late = shown.flatMap((y) => y.slice(Math.floor(y.length / 3))),
       all = shown.flat();
     const spread =
@@ -367,22 +412,31 @@ function draw() {
         late.reduce((m, v) => Math.max(m, Math.abs(v)), 0),
       );
     const low = Math.min(
-      0,
+      bounds.reduce((m, v) => Math.min(m, v), 0),
       Math.max(
         all.reduce((m, v) => Math.min(m, v), 0),
         -spread,
       ),
     );
     const high = Math.max(
-      0,
+      bounds.reduce((m, v) => Math.max(m, v), 0),
       Math.min(
         all.reduce((m, v) => Math.max(m, v), 0),
         spread,
       ),
     );
-    const room = 0.06 * (high - low) || 0.01;
-    made.yaxis.range = [low - room, high + room];
+    made.yaxis.range = withRoom(low, high);
+  } else if (shown.length) {
+    const log = made.yaxis.type === "log",
+      all = [...shown.flat(), ...bounds].filter((v) => !log || v > 0).map((v) =>
+        log ? Math.log10(v) : v,
+      );
+    made.yaxis.range = withRoom(
+      all.reduce((m, v) => Math.min(m, v), Infinity),
+      all.reduce((m, v) => Math.max(m, v), -Infinity),
+    );
   }
+  labelEnds(made, ends, look, logx);
   made.uirevision = [
     $("arena").value,
     $("view").value,
@@ -435,6 +489,8 @@ function say(groups, diff, base, null_, windows, unpaired) {
   $("statement").textContent = parts.join(" ");
 }
 
+const borders = { solid: "solid", dash: "dashed", dashdot: "double", dot: "dotted" };
+
 function families(ends, look, diff) {
   const focused = document.activeElement?.dataset?.family;
   const furthest = Math.max(...[...ends.values()].map((e) => e.x));
@@ -450,8 +506,8 @@ function families(ends, look, diff) {
         box.checked ? hidden.delete(key(name)) : hidden.add(key(name));
         draw();
       });
-      swatch.style.background = look[name].color;
-      const value = diff ? signed(end.mean) : short(end.mean);
+      swatch.style.borderTop = `0.25rem ${borders[look[name].dash]} ${look[name].color}`;
+      const value = diff ? signed(end.mean) : end.mean.toFixed(4);
       const seeds =
         end.seeds === end.of
           ? `${end.seeds} seeds`
