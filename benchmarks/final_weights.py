@@ -11,6 +11,7 @@ version, so they are compared on one machine and not committed.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -56,6 +57,7 @@ def train(variant: str, plan: str, folder: Path) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     sources = [s for s in list_sources() if s.origin == "./experiments"] or list_sources()
     jobs = [
         (variant, "market_smoke" if source.idea.startswith("market_") else "smoke")

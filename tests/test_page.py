@@ -3,6 +3,7 @@ a browser."""
 
 from __future__ import annotations
 
+import html
 import http.client
 import json
 import re
@@ -552,6 +553,37 @@ def test_it_fits_a_phone_and_a_desk_in_dark_and_light(
         "[...document.querySelectorAll('select, input')].filter((e) => !e.labels?.length).map((e) "
         "=> e.id)"
     )
+
+
+def test_on_a_phone_the_plot_is_on_the_first_screen(show: Callable[..., Any], file: Path) -> None:
+    tab = laptop(show(file.as_uri(), 390))
+    plot = tab.locator("#figure").bounding_box()
+    assert plot["y"] + plot["height"] < 844  # of the smallest phones with 390 px
+    assert plot["height"] > 300
+    selects = [s.bounding_box() for s in tab.locator("select").all() if s.is_visible()]
+    assert len(selects) > 5
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in selects)
+
+
+@pytest.mark.parametrize("view", ["diff", "value"])
+def test_ticks_are_readable_and_curves_are_named_at_their_ends(
+    show: Callable[..., Any], file: Path, view: str
+) -> None:
+    tab = laptop(show(file.as_uri()))
+    tab.select_option("#view", view)
+    layout = tab.evaluate("document.getElementById('figure').layout")
+    ticks = [text for text in layout["xaxis"]["ticktext"] if text]
+    assert 2 <= len(ticks) <= 20
+    assert all(re.fullmatch(r"\d+(\.\d+)?[kMG]?", text) for text in ticks), ticks
+    shown = tab.locator("#families label").all_inner_texts()
+    ends = [html.unescape(a["text"]).split(" ", 1)[1] for a in layout["annotations"]]
+    assert len(ends) == len(shown) > 0
+    for name in ends:
+        assert any(name in text for text in shown), (name, shown)
+    toolbar = tab.locator("#figure .modebar").bounding_box()
+    figure = tab.locator("#figure").bounding_box()
+    curves = figure["y"] + layout["margin"]["t"]
+    assert toolbar["y"] + toolbar["height"] <= curves, "it is not over the curves"
 
 
 def test_the_page_is_kept_fresh(show: Callable[..., Any], runs: Path, tmp_path: Path) -> None:

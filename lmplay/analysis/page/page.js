@@ -219,7 +219,7 @@ function layout(x, y, more) {
     showlegend: false,
     hovermode: "closest",
     font: { color: color("--text"), family: "system-ui, sans-serif" },
-    margin: { l: 60, r: 20, t: 36, b: 45 }, // the toolbar is above the curves
+    margin: { l: 60, r: 20, t: 42, b: 45 }, // the toolbar is above the curves
     xaxis: { ...axis, title: { text: x } },
     yaxis: { ...axis, title: { text: y } },
     ...more,
@@ -258,6 +258,31 @@ function transparent(hex, alpha) {
 function withRoom(low, high) {
   const room = 0.06 * (high - low) || Math.abs(high) * 0.01 || 0.01;
   return [low - room, high + room];
+}
+
+// Lines at 1 to 9 times the powers of ten, with as many numbers as there is room for.
+function logTicks(axis, values) {
+  const positive = values.filter((v) => v > 0),
+    low = positive.reduce((m, v) => Math.min(m, v), Infinity),
+    high = positive.reduce((m, v) => Math.max(m, v), 0);
+  if (!positive.length) return;
+  const decades = Math.log10(high / low) * (window.innerWidth < 640 ? 2.5 : 1),
+    named = decades < 0.7 ? [1, 2, 3, 4, 5, 6, 7, 8, 9] : decades < 4 ? [1, 2, 5] : [1];
+  axis.tickvals = [];
+  axis.ticktext = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high) + 1; power++)
+    for (let digit = 1; digit <= (decades < 6 ? 9 : 1); digit++) {
+      const value = digit * 10 ** power;
+      axis.tickvals.push(value);
+      axis.ticktext.push(named.includes(digit) ? si(value) : "");
+    }
+}
+
+// 5k, 20M, 0.5
+function si(value) {
+  const units = ["", "k", "M", "G", "T", "P", "E", "Z"],
+    unit = Math.min(7, Math.max(0, Math.floor(Math.log10(value) / 3 + 1e-9)));
+  return String(+(value / 1000 ** unit).toPrecision(3)) + units[unit];
 }
 
 const strokes = { solid: "—", dash: "- -", dashdot: "- ·", dot: "· · ·" };
@@ -400,7 +425,7 @@ function draw() {
   made.xaxis.type = logx ? "log" : "linear";
   made.yaxis.type = $("logy").checked && !diff ? "log" : "linear";
   made.xaxis.tickformat = "~s"; // 5k, 10k, 20k
-  made.xaxis.nticks = window.innerWidth < 640 ? 5 : 9;
+  if (logx) logTicks(made.xaxis, [...groups.values()].flat().flatMap((s) => s.x));
   if (diff && shown.length) {
     // The first wild points of single runs must not hide the rest; a mean and its band may.
     const late = shown.flatMap((y) => y.slice(Math.floor(y.length / 3))),
@@ -435,6 +460,10 @@ function draw() {
       all.reduce((m, v) => Math.min(m, v), Infinity),
       all.reduce((m, v) => Math.max(m, v), -Infinity),
     );
+  }
+  if (made.yaxis.range && made.yaxis.type === "linear") {
+    const step = (made.yaxis.range[1] - made.yaxis.range[0]) / 6; // equal digits
+    made.yaxis.tickformat = `.${Math.max(0, Math.ceil(-Math.log10(step)))}f`;
   }
   labelEnds(made, ends, look, logx);
   made.uirevision = [
