@@ -41,20 +41,22 @@ def rates(processes: list[subprocess.Popen[str]]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--per-core", action="store_true", help="also with a thread for each core: very slow"
+    )
     parser.add_argument("--plans", default="smoke:400,sketch:150", help="PLAN:STEPS, by commas")
     args = parser.parse_args()
     cores = str(os.cpu_count())
+    modes: list[tuple[str, str | None]] = [("default", None), ("one thread", "1")]
+    if args.per_core:
+        modes.append((f"a thread per core ({cores})", cores))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         for plan, steps in (part.split(":") for part in args.plans.split(",")):
             start(plan, 1, 0, out, None).wait()  # prepares the data
             found: dict[str, list[float]] = {}
             for repeat in range(args.repeats):
-                for name, threads in (
-                    ("default", None),
-                    (f"a thread per core ({cores})", cores),
-                    ("one thread", "1"),
-                ):
+                for name, threads in modes:
                     alone = rates([start(plan, int(steps), 1, out, threads)])[0]
                     pair = rates([start(plan, int(steps), s, out, threads) for s in (2, 3)])
                     found.setdefault(f"{name}, alone", []).append(alone)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import Command
 
-from lmplay.analysis import figures
+from lmplay.analysis import compare, figures
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,25 @@ def test_ticks_are_round_and_few(low: float, high: float, some: set[float]) -> N
     ticks = figures.round_ticks(low, high)
     assert some <= {round(t, 6) for t in ticks}
     assert 2 <= len(ticks) <= 9
+
+
+@pytest.mark.parametrize(
+    ("tokens", "losses"),
+    [
+        ([1, 2, 3], [3.0, 2.0, 1.0]),
+        ([1, 2, 2, 3], [3.0, 2.0, 1.5, 1.0]),
+        ([1, 3, 2], [3.0, 1.0, 2.0]),
+        ([1, 2, None, 4], [3.0, float("nan"), 2.0, 1.0]),
+    ],
+)
+def test_series_are_those_that_pandas_groups(tokens: list[Any], losses: list[float]) -> None:
+    frame = pd.DataFrame({"tokens": tokens, "loss": losses})
+    curve = compare.RunCurve("run", "p", "f", "v", Path("x.csv"), frame)
+    expected = frame.dropna().groupby("tokens", as_index=False).last()
+    found = compare.series(curve, "tokens", "loss")
+    assert found is not None
+    np.testing.assert_array_equal(found[0], expected["tokens"])
+    np.testing.assert_array_equal(found[1], expected["loss"])
 
 
 def test_long_curves_are_thinned_evenly_and_keep_their_ends() -> None:

@@ -253,8 +253,16 @@ def series(curve: RunCurve, x: str, metric: str) -> tuple[np.ndarray, np.ndarray
     column = X_COLUMNS[x]
     if column not in curve.frame or metric not in curve.frame:
         return None
-    frame = curve.frame[[column, metric]].dropna().groupby(column, as_index=False).last()
-    return (frame[column].to_numpy(float), frame[metric].to_numpy(float)) if len(frame) else None
+    places = curve.frame[column].to_numpy(float)
+    values = curve.frame[metric].to_numpy(float)
+    known = ~(np.isnan(places) | np.isnan(values))
+    places = places[known]
+    values = values[known]
+    if (np.diff(places) <= 0).any():  # seldom: the last value of each x counts
+        last = pd.Series(values).groupby(places).last()
+        places = last.index.to_numpy(float)
+        values = last.to_numpy(float)
+    return (places, values) if len(places) else None
 
 
 def smooth(y: np.ndarray, count: int) -> np.ndarray:
@@ -436,9 +444,9 @@ class Comparison:
         """Return one row per run, as :func:`final_table`."""
         return final_table(self.curves, self.partner)
 
-    def settings(self) -> pd.DataFrame:
-        """Return one row per setting, as :func:`settings_table`."""
-        return settings_table(self.curves, self.table())
+    def settings(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Return one row per setting, as :func:`settings_table`, given :meth:`table`'s."""
+        return settings_table(self.curves, table)
 
 
 def compare_runs(curves: Sequence[RunCurve], target: str | None = None) -> list[Comparison]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-    from ..analysis.compare import Comparison
+    from ..analysis.compare import Comparison, RunCurve
     from ..analysis.figures import Style
 
 EPILOG = """Figures go to --out: log_loss, log_accuracy, log_bpb, log_diff_* for the differences to
@@ -100,7 +102,7 @@ def make_figures(args: argparse.Namespace) -> int:
     """Draw figures for each plan, print the table, and write final.csv."""
     import pandas as pd
 
-    from ..analysis.compare import collect, compare_runs
+    from ..analysis.compare import any_curve, collect, compare_runs
     from ..analysis.figures import Style
     from ..files import atomic_write
     from ..training.progress import make_console
@@ -114,7 +116,8 @@ def make_figures(args: argparse.Namespace) -> int:
     kind = "train" if args.plot_train else "validate"
     folders = args.folders or [Path("gpt_out")]
     out = args.out or plots_folder(folders[0])
-    curves, left_out = collect(folders, kind, args.max_files)
+    read = cache(any_curve)  # two kinds of figures may need one curve
+    curves, left_out = collect(folders, kind, args.max_files, read)
     for line in left_out:
         print(line)
     if not curves:
@@ -132,7 +135,7 @@ def make_figures(args: argparse.Namespace) -> int:
         kind="training" if args.plot_train else "validation",
         form=args.form,
     )
-    logged = logged_curves(args, folders)
+    logged = logged_curves(args, folders, read)
     tables = []
     for comparison in comparisons:
         folder = out
@@ -141,7 +144,7 @@ def make_figures(args: argparse.Namespace) -> int:
         key = (comparison.plan, comparison.fingerprint)
         written = draw_all(comparison, logged.get(key), folder, args.out_type, style)
         table = comparison.table()
-        settings = comparison.settings()
+        settings = comparison.settings(table)
         tables += [table.assign(kind="run"), settings.assign(kind="setting")]
         report(comparison, table, settings, written, args.x, console)
     path = out / "final.csv"
@@ -152,12 +155,12 @@ def make_figures(args: argparse.Namespace) -> int:
 
 
 def logged_curves(
-    args: argparse.Namespace, folders: list[Path]
+    args: argparse.Namespace, folders: list[Path], read: Callable[[Path], RunCurve]
 ) -> dict[tuple[str, str], Comparison]:
     """Return the training curves of the plans whose experiments log curves of their own."""
     from ..analysis.compare import collect, compare_runs, logged_metrics
 
-    curves, _ = collect(folders, "train", args.max_files)
+    curves, _ = collect(folders, "train", args.max_files, read)
     own = [curve for curve in curves if logged_metrics([curve])]
     return {(c.plan, c.fingerprint): c for c in compare_runs(own)}
 
