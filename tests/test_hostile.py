@@ -46,12 +46,20 @@ def one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:
         assert word in done.stderr
 
 
-@pytest.fixture
-def trained(tmp_path: Path, command: Command) -> Path:
-    """A finished run in tmp_path; returns its folder."""
-    write_plan(tmp_path)
-    done = command("lmp_trainer", *TRAIN, "--save-minutes", "0")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_plan(folder)
+    done = call_command("lmp_trainer", *TRAIN, "--save-minutes", "0", cwd=folder)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def trained(tmp_path: Path, finished: Path) -> Path:
+    """A finished run in tmp_path; returns its folder."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     return tmp_path / "gpt_out" / "tiny" / "gpt2ish-s0"
 
 
