@@ -52,13 +52,13 @@ def shell_lines(doc: str) -> list[str]:
     """Return the lines of a document's blocks without a language, except the file tree's."""
     blocks = fenced((ROOT / doc).read_text())
     shell = [lines for language, lines in blocks if not language]
-    return [
-        line.strip()
-        for lines in shell
-        if not lines[0].startswith("lmplay/")
-        for line in lines
-        if line.strip()
-    ]
+    complete: list[str] = []
+    for line in (x for lines in shell if not lines[0].startswith("lmplay/") for x in lines):
+        if complete and complete[-1].endswith("\\"):  # as a shell continues a line
+            complete[-1] = f"{complete[-1][:-1].rstrip()} {line.strip()}"
+        elif line.strip():
+            complete.append(line.strip())
+    return complete
 
 
 def commands(doc: str) -> list[str]:
