@@ -192,8 +192,16 @@ def test_weights_have_the_permissions_of_other_files(tmp_path: Path, mask: int) 
 # ---------------------------------------------------------------- environments
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("lmp_trainer", *TRAIN),
+        ("lmp_trainer", *TRAIN, "--find-lr"),
+        ("lmp_trial", "--exp", "ue", "--training-plan", "tiny.json", "--tokens", "2048"),
+    ],
+)
 def test_without_a_home_the_line_says_what_to_set(
-    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     write_plan(tmp_path)
     for name in ("HOME", "LMP_CACHE", "XDG_CACHE_HOME"):
@@ -203,7 +211,7 @@ def test_without_a_home_the_line_says_what_to_set(
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", no_entry)
-    one_line(command("lmp_trainer", *TRAIN), "there is no home folder", "LMP_CACHE")
+    one_line(command(*words), "there is no home folder", "LMP_CACHE")
 
 
 @pytest.mark.parametrize("backend", ["module://not_here", "nbAgg", "TkAgg"])
@@ -230,10 +238,11 @@ def test_figures_do_not_replace_a_user_s_files(tmp_path: Path, command: Command)
     assert (tmp_path / "gpt_out" / "tiny" / "plots" / "final.csv").exists()
 
 
+@pytest.mark.parametrize("compiler", ["/nonexistent/g++", "no-such-clang++", "/etc/hostname"])
 def test_without_a_compiler_compiling_is_refused_in_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
 ) -> None:
-    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    monkeypatch.setenv("CXX", compiler)
     write_plan(tmp_path)
     done = run_command("lmp_trainer", *TRAIN, "--compile-model", cwd=tmp_path)
     one_line(done, "torch finds no C++ compiler")

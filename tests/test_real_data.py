@@ -7,6 +7,7 @@ import os
 import struct
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,19 @@ def test_the_size_of_a_download_is_said_before_it(tmp_path: Path) -> None:
         prepare(plan, lambda what, done: said.append(what) if done is None else None)
     assert len(said) == 3  # for the bytes, for training the BPE, and for its tokens
     assert all("to download" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [(None, "an unknown amount"), (5_000_000, "5 MB"), (20_300_000_000, "20,300 MB")],
+)
+def test_an_announcement_names_the_size(
+    monkeypatch: pytest.MonkeyPatch, size: int | None, says: str
+) -> None:
+    builder = SimpleNamespace(info=SimpleNamespace(download_size=size))
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: builder)
+    source = HubSource(path="a/b", name="c")
+    assert source.announcement().startswith(f"a/b c is {says} to download")
 
 
 # ---------------------------------------------------------------- long documents

@@ -341,15 +341,16 @@ def test_the_work_of_an_ended_process_of_this_machine_is_given_up_at_once(
     assert alive.reclaim_stale() == [lost[1].key]
 
 
+@pytest.mark.parametrize("owner", ["elsewhere 7", "host 12345", "a container 1"])
 def test_a_worker_says_for_whom_it_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: Any, owner: str
 ) -> None:
     """Once, and not at every look."""
     monkeypatch.setattr(runner, "WAIT", 0.0)
     other = queue.Queue(storage, "t", design())
     units = [Unit("pair", "good", 0)]
     other.offer(units)
-    claimed = other.claim("elsewhere 7")
+    claimed = other.claim(owner)
     assert claimed is not None
     asked = iter([units, units, units, []])
 
@@ -363,7 +364,7 @@ def test_a_worker_says_for_whom_it_waits(
     said: list[str] = []
     runner.work(part, said.append)
     assert said == [
-        f"waiting for {units[0].key} (elsewhere 7); given up after 30 s without a sign of life"
+        f"waiting for {units[0].key} ({owner}); given up after 30 s without a sign of life"
     ]
 
 
