@@ -6,6 +6,7 @@ import fcntl
 import fnmatch
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import LmplayError
+
+TEMPORARY = re.compile(r"\..*\.[0-9a-f]{8}\.tmp(\..*)?|\.\d{9}\.\d+\.tmp")
+"""The names of :func:`_temporary`, and of checkpoints up to version 0.2. Others next to them may be
+a user's."""
 
 
 def _temporary(path: Path) -> Path:
@@ -89,10 +94,13 @@ def _make_locked(folder: Path) -> int:
     """
     while True:
         folder.mkdir()
-        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # taken for abandoned before it was locked
+            continue
         with suppress(OSError):  # some network file systems cannot lock folders
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if folder.exists():  # nobody took it for abandoned before it was locked
+        if folder.exists():
             return descriptor
         os.close(descriptor)
 
@@ -100,6 +108,8 @@ def _make_locked(folder: Path) -> int:
 def remove_abandoned(folder: Path) -> None:
     """Delete the temporary folders of :func:`atomic_folder` whose owner was killed."""
     for left in folder.glob(".*.tmp*"):
+        if not TEMPORARY.fullmatch(left.name):  # a user's own
+            continue
         try:
             descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:  # a file, a link, or gone meanwhile
@@ -119,8 +129,8 @@ def refuse_link(path: Path) -> None:
         raise LmplayError(f"{path} is a symbolic link: it is not written through; remove it")
 
 
-def open_own(path: Path, mode: str) -> IO[str]:
-    """Open a text file for writing or appending, but not through a symbolic link.
+def open_own(path: Path) -> IO[str]:
+    """Open a text file for appending, but not through a symbolic link.
 
     A run's folder may come from elsewhere, and a link in it may lead to any file of the user's.
 
@@ -129,9 +139,8 @@ def open_own(path: Path, mode: str) -> IO[str]:
         OSError: it cannot be opened.
     """
     refuse_link(path)
-    flags = {"w": os.O_TRUNC, "a": os.O_APPEND}[mode]
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
-    return open(descriptor, mode, encoding="utf-8")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_APPEND
+    return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
 
 
 def below(root: Path, pattern: str) -> list[Path]:
@@ -179,18 +188,17 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
-    """Read JSON that must be a `kind`.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
 
     Raises:
-        ValueError: it is no JSON, or of another kind.
+        ValueError: it is no JSON, or no object.
         OSError: it cannot be read.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as e:
         raise ValueError("it is nested too deeply") from e
-    if not isinstance(content, kind):
-        wanted = "an object" if kind is dict else "a list"
-        raise ValueError(f"it holds {type(content).__name__} where {wanted} belongs")
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {type(content).__name__} where an object belongs")
     return content

@@ -80,7 +80,7 @@ def edit_source(run: Path) -> None:
 
 
 def write_digest(run: Path) -> None:
-    """Make run.json name the source as it is now, as whoever edited it would."""
+    """Make run.json name the edited source, as whoever edited it would."""
     record = json.loads((run / RUN_FILE).read_text())
     record["identity"]["experiment"] = source_digest(run / "experiment" / "gpt2ish.py")
     (run / RUN_FILE).write_text(json.dumps(record))
@@ -628,6 +628,9 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(tmp_path: Path)
     linked.symlink_to(tmp_path / "user")
     (tmp_path / "user").mkdir()
     (tmp_path / "user" / "file").write_text("mine")
+    users = [tmp_path / name for name in (".mine.tmp", ".tmp", ".a.tmp.d", ".notes.12345678.tmpx")]
+    for folder in users:
+        folder.mkdir()
     with atomic_folder(tmp_path / "alive") as alive:
         assert not dead.exists()
         assert not suffixed.exists()
@@ -636,6 +639,7 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(tmp_path: Path)
             assert alive.exists(), "its owner is alive"
         remove_abandoned(tmp_path)
         assert alive.exists()
+    assert all(folder.exists() for folder in users), "no names of ours"
     assert (tmp_path / "alive" / "file").read_text() == "kept"
     assert (tmp_path / "user" / "file").read_text() == "mine"
 
@@ -643,5 +647,5 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(tmp_path: Path)
 def test_a_digest_is_what_it_says(trained: Path) -> None:
     """The signature and the digest cover every byte of the source."""
     source = trained / "experiment" / "gpt2ish.py"
-    whole = hashlib.sha256(b"gpt2ish.py\0" + source.read_bytes()).hexdigest()[:16]
-    assert source_digest(source) == whole
+    expected = hashlib.sha256(b"gpt2ish.py\0" + source.read_bytes()).hexdigest()[:16]
+    assert source_digest(source) == expected

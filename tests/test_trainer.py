@@ -70,8 +70,8 @@ def test_killed_at_random_moments_and_resumed_it_is_equal_to_the_bit(tmp_path: P
         "--save-minutes",
         "0",
     ]
-    whole = call_command("lmp_trainer", *arguments, cwd=folders[0])
-    assert whole.returncode == 0, whole.stderr
+    undisturbed = call_command("lmp_trainer", *arguments, cwd=folders[0])
+    assert undisturbed.returncode == 0, undisturbed.stderr
     dice = random.Random(5)
     kills = 0
     train = folders[1] / "gpt_out" / "tiny" / "ue-s0" / "train.csv"

@@ -83,5 +83,5 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether torch has no memory. Its CPU allocator has no error type of its own."""
     return type(error).__name__ == "OutOfMemoryError" or any(
         words in str(error)
-        for words in ("DefaultCPUAllocator: can't allocate", "not enough memory", "invalid storage")
+        for words in ("DefaultCPUAllocator: can't allocate", "not enough memory")
     )

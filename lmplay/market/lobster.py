@@ -180,7 +180,7 @@ class Levels:
         self.next_seed = next_seed
 
     def events_of(self, row: Row, issues: DataIssues) -> list[Event]:
-        """Return the events of a message: one, or several for an order that ours stand in for."""
+        """Return the events of a message: one, or several if several of our orders represent it."""
         kind = TYPES[row.type]
         level = (row.side, row.price)
         plain = Event(row.time, kind, row.side, row.price, row.size, row.order)

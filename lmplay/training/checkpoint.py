@@ -83,7 +83,7 @@ def save(
             }
             write_json(temporary / MANIFEST, manifest)
         numbered = _numbered(folder)
-        # Untrained weights must not stand in for trained ones that are damaged.
+        # Untrained weights must not be loaded where trained ones are damaged.
         untrained = [old for old in numbered[:-1] if int(old.name) == 0]
         for old in dict.fromkeys([*numbered[:-keep], *untrained]):
             shutil.rmtree(old)

@@ -59,7 +59,7 @@ class AppendOnlyFile:
             LmplayError: the disk is full or refuses.
         """
         try:
-            with open_own(self.path, "a") as file:
+            with open_own(self.path) as file:
                 file.write(text)
         except OSError as e:
             raise LmplayError(f"{self.path}: it could not be written: {e.strerror}") from e

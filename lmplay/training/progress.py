@@ -134,7 +134,7 @@ class Reporter:
         if self.log_path is None:
             self._unlogged.append(text)
         elif self.log_path.parent.is_dir():
-            with open_own(self.log_path, "a") as file:
+            with open_own(self.log_path) as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def preparing(self, what: str, done: int | None) -> None:

@@ -171,7 +171,7 @@ class RunFolder:
         return True
 
     def _claim(self) -> None:
-        self._lock = open_own(self.path / ".lock", "a")  # held as long as the run
+        self._lock = open_own(self.path / ".lock")  # held as long as the run
         _lock_or_refuse(self._lock, self.path)
 
     def close(self) -> None:

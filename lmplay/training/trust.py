@@ -56,7 +56,7 @@ def check_source(copy: Path, digest: str, record: dict[str, Any], trust: bool) -
 
     Args:
         copy: the file.
-        digest: of the file as it is now.
+        digest: of the file's current content.
         trust: the user has allowed it.
     """
     recorded = record["identity"].get("experiment")
