@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import fnmatch
+import hashlib
 import json
 import os
 import re
@@ -179,20 +180,35 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Any) -> None:
+SEAL = "content_sha256"
+"""A key of a sealed JSON object: the sha256 of everything else in it."""
+
+
+def seal(content: dict[str, Any]) -> str:
+    """Return the digest of a JSON object without its seal."""
+    rest = {k: v for k, v in content.items() if k != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, content: Any, sealed: bool = False) -> None:
     """Write JSON atomically.
+
+    Args:
+        sealed: add the content's digest, which :func:`read_json` then checks.
 
     Raises:
         ValueError: a number is infinite or NaN, which JSON cannot hold. The old file stays.
     """
+    if sealed:
+        content = {**content, SEAL: seal(content)}
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object, and check its seal if it has one. The seal is not returned.
 
     Raises:
-        ValueError: it is no JSON, or no object.
+        ValueError: it is no JSON or no object, or was changed since it was sealed.
         OSError: it cannot be read.
     """
     try:
@@ -201,4 +217,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from e
     if not isinstance(content, dict):
         raise ValueError(f"it holds {type(content).__name__} where an object belongs")
-    return content
+    if SEAL in content and content[SEAL] != seal(content):
+        raise ValueError(f"it is damaged or was edited: its {SEAL} differs")
+    return {k: v for k, v in content.items() if k != SEAL}

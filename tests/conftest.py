@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lmplay.files import read_json, write_json
 from lmplay.training import checkpoint
 from lmplay.training.curves import CLOCK_COLUMNS, read_curve
 
@@ -81,6 +82,21 @@ def command(tmp_path: Path) -> Command:
         return call_command(name, *args, cwd=tmp_path)
 
     return run
+
+
+def one_line(done: subprocess.CompletedProcess[str], *says: str, status: int = 1) -> None:
+    """Assert that a command failed with one line, which contains these words."""
+    assert done.returncode == status, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    for word in says:
+        assert word in line
+
+
+def edit_record(run: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Edit a run's run.json and seal it again, as lmplay itself would."""
+    record = read_json(run / "run.json")
+    edit(record)
+    write_json(run / "run.json", record, sealed=True)
 
 
 WORDS = (

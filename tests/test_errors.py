@@ -7,23 +7,15 @@ import json
 import os
 import resource
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command, call_command, write_plan
+from conftest import Command, call_command, edit_record, one_line, write_plan
 
+from lmplay.files import read_json
 from lmplay.training.curves import read_curve
 from lmplay.training.run_folder import RunFolder
-
-
-def one_line(done: subprocess.CompletedProcess[str], *says: str, status: int = 1) -> None:
-    assert done.returncode == status, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    for word in says:
-        assert word in lines[0]
 
 
 @pytest.fixture
@@ -69,9 +61,9 @@ def test_missing_data_set(command: Command, tmp_path: Path) -> None:
 
 
 def test_corrupt_newest_checkpoint_falls_back(command: Command, trained: Path) -> None:
-    record = json.loads((trained / "run.json").read_text())
-    summary = record.pop("summary")
-    (trained / "run.json").write_text(json.dumps(record))  # as if killed just before the end
+    summary = read_json(trained / "run.json")["summary"]
+    # as if killed just before the end
+    edit_record(trained, lambda record: record.pop("summary"))
     newest = sorted((trained / "checkpoints").iterdir())[-1]
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"oops")
@@ -109,9 +101,7 @@ def test_a_pickle_is_refused(command: Command, trained: Path, tmp_path: Path) ->
 
 
 def test_vocabulary_that_does_not_match(command: Command, trained: Path) -> None:
-    record = json.loads((trained / "run.json").read_text())
-    record["identity"]["config"]["vocab_size"] = 99
-    (trained / "run.json").write_text(json.dumps(record))
+    edit_record(trained, lambda record: record["identity"]["config"].update(vocab_size=99))
     done = command("lmp_generator", "x")
     assert done.returncode == 1
     assert "vocabulary does not match" in done.stderr

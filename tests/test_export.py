@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Command, call_command, write_plan
+from conftest import Command, call_command, edit_record, write_plan
 
 from lmplay import testing
 from lmplay.data.tokenizers import Bytes, Chars, Tiktoken, train_bpe
@@ -162,10 +162,10 @@ def test_a_wrong_fold_is_not_written(folder: Path) -> None:
     wrong = text.replace("table: Any = module.table()", "table: Any = module.table() * 1.01")
     assert wrong != text
     record = (run / "run.json").read_text()
-    digest = source_digest(source)
     try:
         source.write_text(wrong)
-        (run / "run.json").write_text(record.replace(digest, source_digest(source)))
+        digest = source_digest(source)
+        edit_record(run, lambda record: record["identity"].update(experiment=digest))
         done = clean(folder, "--out", "wrong", "--trust")
     finally:
         source.write_text(text)

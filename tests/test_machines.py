@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, run_command, write_plan
+from conftest import Command, one_line, run_command, write_plan
 
 from lmplay import devices, threads
 from lmplay.cli import is_out_of_memory, trainer
@@ -25,13 +25,6 @@ from lmplay.training.run_folder import RunFolder, git_state
 
 TRAIN = ("--training-plan", "tiny.json", "--mini-batch-size", "8")
 VALIDATION = {"fraction": 0.1, "tokens": 512, "every_tokens": 10_240, "sample_prompt": "the "}
-
-
-def one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:
-    assert done.returncode == 1, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    for word in says:
-        assert word in done.stderr
 
 
 def long_plan(folder: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Command, write_plan
+from conftest import Command, one_line, write_plan
 
 from lmplay.discover import find, read_source
 from lmplay.errors import LmplayError
@@ -17,13 +16,6 @@ from lmplay.plan import load_plan, parse_plan
 from lmplay.training import checkpoint
 
 TRAIN = ("--training-plan", "tiny.json", "--mini-batch-size", "8")
-
-
-def one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:
-    assert done.returncode == 1, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    for word in says:
-        assert word in done.stderr
 
 
 def tiny(tmp_path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LmplayError
-from ..files import open_own, refuse_link, sync_file
+from ..files import open_own, read_json, refuse_link, sync_file, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +21,50 @@ CLOCK_COLUMNS = ("seconds", "tokens_per_second")
 AXIS_COLUMNS = ("step", "tokens", "flops", "seconds")
 TRAIN = (*AXIS_COLUMNS, "loss", "bpb", "accuracy", "lr", "grad_norm", "tokens_per_second")
 VALIDATE = (*AXIS_COLUMNS, "loss", "bpb", "accuracy")
+
+
+DIGESTS = "digests.json"
+"""Size and sha256 of a folder's curve files when they were last saved. They grow after that."""
+
+
+def write_digests(files: Mapping[Path, int]) -> None:
+    """Write the digests of the first bytes of files in one folder.
+
+    Args:
+        files: their sizes in bytes. A file that is not there has none.
+    """
+    content = {}
+    for path, size in files.items():
+        if path.exists():
+            content[path.name] = {"size": size, "sha256": _digest(path, size)}
+    folder = next(iter(files)).parent
+    write_json(folder / DIGESTS, content, sealed=True)
+
+
+def _digest(path: Path, size: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(size)).hexdigest()
+
+
+def check_digest(path: Path) -> None:
+    """Compare a curve file with the digest of its last saving. Older runs have none.
+
+    Raises:
+        LmplayError: they differ, or the digests cannot be read.
+    """
+    digests = path.with_name(DIGESTS)
+    if not digests.exists():
+        return
+    try:
+        saved = read_json(digests).get(path.name)
+        if saved is None:
+            return
+        if path.stat().st_size < saved["size"]:
+            raise LmplayError(f"{path}: it is damaged: rows are missing")
+        if _digest(path, saved["size"]) != saved["sha256"]:
+            raise LmplayError(f"{path}: it is damaged: its sha256 is not that of {DIGESTS}")
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise LmplayError(f"{digests}: it cannot be read: {e}") from e
 
 
 class AppendOnlyFile:
@@ -115,11 +160,12 @@ def read_curve(path: Path) -> pd.DataFrame:
     """Read a curve file, without a last line that is incomplete because the process was killed.
 
     Raises:
-        LmplayError: it is empty or not CSV.
+        LmplayError: it is empty, damaged or not CSV.
     """
     import pandas as pd
 
     try:
+        check_digest(path)
         text = path.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]
         frame = pd.read_csv(io.StringIO(complete))

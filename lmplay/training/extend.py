@@ -10,6 +10,7 @@ from ..errors import LmplayError
 from ..plan import Plan, parse_plan
 from . import checkpoint
 from .checkpoint import Checkpoint
+from .curves import DIGESTS
 from .optimizers import lr_multiplier
 from .record import check_state
 from .run_folder import RUN_FILE, RunFolder
@@ -27,7 +28,7 @@ class Extended:
 
     def copy_to(self, folder: RunFolder) -> None:
         """Write its curves and its last checkpoint, at the same place in the longer plan."""
-        for name in ("train.csv", "validate.csv", "samples.jsonl"):
+        for name in ("train.csv", "validate.csv", "samples.jsonl", DIGESTS):
             source = self.run.path / name
             if source.exists():
                 (folder.path / name).write_bytes(source.read_bytes())

@@ -39,7 +39,16 @@ from ..ops import IGNORE
 from ..plan import Plan, PlanStage
 from ..threads import Share
 from . import checkpoint, warm_start
-from .curves import TRAIN, VALIDATE, CurveFile, Samples, read_curve
+from .curves import (
+    TRAIN,
+    VALIDATE,
+    AppendOnlyFile,
+    CurveFile,
+    Samples,
+    check_digest,
+    read_curve,
+    write_digests,
+)
 from .optimizers import Optimizers, lr_multiplier
 from .progress import Reporter
 from .record import check_state
@@ -544,6 +553,7 @@ class Trainer:
         logs = {"train": self.train_curve, "validate": self.validate_curve, "samples": self.samples}
         for log in logs.values():
             log.sync()
+        write_digests({log.path: log.size for log in logs.values()})
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -569,9 +579,7 @@ class Trainer:
         """
         found = self.run.newest(self.reporter.note, check_state)
         if found is None:
-            self.train_curve.truncate(0)
-            self.validate_curve.truncate(0)
-            self.samples.truncate(0)
+            self._truncate_logs(0, 0, 0)
             if self.start.initial is not None:
                 source = self.start.initial
                 warm_start.warm_start(self.runner, self.model, source, self.reporter.note)
@@ -590,12 +598,37 @@ class Trainer:
             # Version 0.2 kept only the scale.
             old = {**self.scaler.state_dict(), "scale": found.state.get("loss_scale", FP16_SCALE)}
             self.scaler.load_state_dict(found.state.get("grad_scaler") or old)
-        self.train_curve.truncate(found.state["train_bytes"])
-        self.validate_curve.truncate(found.state["validate_bytes"])
-        self.samples.truncate(found.state.get("samples_bytes", 0))  # older runs kept none
+        state = found.state
+        samples = state.get("samples_bytes", 0)  # older runs kept none
+        self._truncate_logs(state["train_bytes"], state["validate_bytes"], samples)
         self.last_checkpoint = str(found.path)
         self.saved_state = replace(self.state)
         return True
+
+    def _truncate_logs(self, train: int, validate: int, samples: int) -> None:
+        """Cut the curves and samples back to these sizes in bytes.
+
+        Raises:
+            LmplayError: a curve is damaged.
+        """
+        curves: dict[AppendOnlyFile, int] = {self.train_curve: train, self.validate_curve: validate}
+        try:
+            for curve, size in curves.items():
+                if size:
+                    check_digest(curve.path)
+        except LmplayError as e:
+            raise LmplayError(f"{e}; --fresh starts over") from e
+        try:
+            check_digest(self.samples.path)
+        except LmplayError as e:  # texts are no results
+            if samples:
+                self.reporter.note(f"{e}; the samples so far are dropped")
+            samples = 0
+        logs = {**curves, self.samples: min(samples, self.samples.size)}
+        # The digests first: if this is interrupted, they are those of the longer files as well.
+        write_digests({log.path: size for log, size in logs.items()})
+        for log, size in logs.items():
+            log.truncate(size)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -122,7 +122,7 @@ class RunFolder:
 
     def update(self, **fields: Any) -> None:
         """Write these fields to run.json."""
-        write_json(self.path / RUN_FILE, {**self.read(), **fields})
+        write_json(self.path / RUN_FILE, {**self.read(), **fields}, sealed=True)
 
     def differs(self, wanted: dict[str, Any]) -> list[str]:
         """Return the parts of its identity in which an existing run differs from `wanted`."""
@@ -199,7 +199,7 @@ class RunFolder:
         (self.path / "tokenizer").mkdir(exist_ok=True)
         tokenizer.save(self.path / "tokenizer")
         signed = {SIGNATURE: signature(source_digest(source))}
-        write_json(self.path / RUN_FILE, content | signed)
+        write_json(self.path / RUN_FILE, content | signed, sealed=True)
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Return the tokenizer that the run was trained with.

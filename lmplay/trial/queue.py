@@ -50,7 +50,8 @@ def open_storage(where: str) -> Any:
     try:
         import optuna
         from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+        from .journal import SealedJournal
     except ImportError as e:
         raise LmplayError("trials are kept by optuna: pip install 'lmplay[trial]'") from e
     optuna.logging.set_verbosity(logging.WARNING)
@@ -58,45 +59,11 @@ def open_storage(where: str) -> Any:
         if "://" in where:
             return optuna.storages.RDBStorage(where)
         Path(where).parent.mkdir(parents=True, exist_ok=True)
-        lock = JournalFileSymlinkLock(where)
-        if Path(where).exists():
-            lock.acquire()
-            try:
-                drop_unfinished_line(Path(where))
-            finally:
-                lock.release()
-        return JournalStorage(JournalFileBackend(where, lock))
+        return JournalStorage(SealedJournal(where))
     except LmplayError:
         raise
     except Exception as e:  # each kind of storage has errors of its own
         raise LmplayError(f"--storage {where}: it cannot be opened: {first_line(e)}") from e
-
-
-def drop_unfinished_line(journal: Path) -> None:
-    """Truncate a journal after its last complete line. Power may have failed while it was written.
-
-    Raises:
-        LmplayError: a line before the last is damaged.
-    """
-    content = journal.read_bytes()
-    *lines, rest = content.split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not _is_entry(line):
-            if number < len(lines) or rest:
-                raise LmplayError(
-                    f"{journal}: line {number} is damaged, and later ones depend on it; --name "
-                    "starts another trial, which uses the finished runs again"
-                )
-            rest = line + b"\n"
-    if rest:
-        os.truncate(journal, len(content) - len(rest))
-
-
-def _is_entry(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
 
 
 def process_mark(pid: int) -> str | None:

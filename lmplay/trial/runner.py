@@ -172,12 +172,13 @@ class Trial:
         reports = []
         for part in self.parts:
             reports.append(part.state().report())
-            write_json(part.folder / "trial.json", reports[-1])
+            write_json(part.folder / "trial.json", reports[-1], sealed=True)
         if not self.design.sizes:
             return reports[0]
         fits = over_sizes(reports)
         folder = self.out / "trials" / self._name_of(self.parts[0].design)
-        write_json(folder / "sizes.json", {"sizes": self.design.sizes, "fits": fits})
+        content = {"sizes": self.design.sizes, "fits": fits}
+        write_json(folder / "sizes.json", content, sealed=True)
         return {"sizes": reports, "fits": fits}
 
 
@@ -340,7 +341,7 @@ def work(part: Part, log: Callable[[str], None]) -> None:
             queue.give_up(number)
             raise
         queue.done(number, result)
-        write_json(part.folder / "trial.json", part.state().report())
+        write_json(part.folder / "trial.json", part.state().report(), sealed=True)
 
 
 def run_unit(unit: Unit, design: FixedDesign, jobs: dict[str, Job]) -> Result:

@@ -21,6 +21,8 @@ import pandas as pd
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from ...errors import LmplayError
+from ...files import read_json
+from ...training.curves import check_digest
 from ..compare import (
     COVERAGE,
     GRID,
@@ -154,7 +156,11 @@ def page_runs(members: Sequence[Member]) -> tuple[list[dict[str, Any]], list[str
     lost = []
     for member in members:
         try:
-            runs.append(one_run(member, windows))
+            run = one_run(member, windows)
+            if member.curve.run:
+                run["samples"], damage = samples(member.curve.path.parent / "samples.jsonl")
+                lost += damage
+            runs.append(run)
         except (
             KeyError,
             TypeError,
@@ -190,7 +196,7 @@ def one_run(member: Member, windows: Mapping[str, int]) -> dict[str, Any]:
         },
         "validate": points(curve.frame, windows["validate"]),
         "train": points(training.frame, windows["train"]) if training else None,
-        "samples": samples(curve.path.parent / "samples.jsonl") if record else [],
+        "samples": [],
     }
 
 
@@ -228,14 +234,23 @@ def readable(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) else json.dumps(value)
 
 
-def samples(path: Path) -> list[dict[str, Any]]:
-    """Return the texts of a run's validations, without an incomplete last line."""
+def samples(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the texts of a run's validations, without an incomplete last line.
+
+    Also returns a line if the file is damaged. A run of before there were any has none.
+    """
+    if not path.exists():
+        return [], []
     try:
+        check_digest(path)
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         found = [json.loads(line) for line in lines if line]
-        return [{"tokens": number(s["tokens"]), "text": str(s["text"])[:MOST_TEXT]} for s in found]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []  # a run of before there were any; a text is no result
+        texts = [{"tokens": number(s["tokens"]), "text": str(s["text"])[:MOST_TEXT]} for s in found]
+        return texts, []
+    except LmplayError as e:
+        return [], [f"{e}; its texts are left out"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return [], [f"{path}: it is damaged, and its texts are left out: {e!r}"]
 
 
 # ---------------------------------------------------------------- trials
@@ -321,7 +336,7 @@ def find_reports(
     }
     for path in sorted(paths, key=lambda p: -changed(p)):
         try:
-            found.append((path, kind.model_validate_json(path.read_text(encoding="utf-8"))))
+            found.append((path, kind.model_validate(read_json(path))))
         except ValidationError as e:
             first = e.errors()[0]
             odd.append(
