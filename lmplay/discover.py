@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -96,8 +97,15 @@ def _exists(module: str) -> bool:
         return False
 
 
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str, name: str) -> ast.Module:
+    """Parse a file's text. A command lists the experiments several times."""
+    return ast.parse(text, name)
+
+
 def _api_names() -> set[str]:
-    tree = ast.parse((Path(__file__).parent / "api.py").read_text(encoding="utf-8"))
+    api = Path(__file__).parent / "api.py"
+    tree = _parsed(api.read_text(encoding="utf-8"), str(api))
     exported = ast.literal_eval(_names(tree)["__all__"])
     return {*exported, *OLD_API_NAMES}
 
@@ -119,7 +127,7 @@ def _malformed(variants: Any, baseline: Any) -> str:
 def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> ExperimentFile:
     """Parse the file at `path`. Whatever is wrong inside it becomes `broken`."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        tree = _parsed(path.read_text(encoding="utf-8"), str(path))
     except SyntaxError as e:
         return ExperimentFile(path, origin, broken=f"line {e.lineno}: {e.msg}")
     except (OSError, ValueError, RecursionError, MemoryError) as e:  # whatever a text can cause

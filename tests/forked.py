@@ -7,6 +7,7 @@ it has its own working folder and output, can be killed, and what it changes is 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -15,6 +16,7 @@ import select
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -140,10 +142,23 @@ def be(name: str, words: list[str], cwd: str, output: str, site: str | None) -> 
         os.dup2(opened, fd)
         os.close(opened)
     sys.argv = [name, *words]
-    if name == "python":
-        exec(words[0], {"__name__": "__main__"})
-        sys.exit(0)
-    sys.exit(importlib.import_module(f"lmplay.cli.{name.removeprefix('lmp_')}").main(words))
+    status: object = 0
+    try:
+        if name == "python":
+            exec(words[0], {"__name__": "__main__"})
+        else:
+            module = importlib.import_module(f"lmplay.cli.{name.removeprefix('lmp_')}")
+            status = module.main(words)
+    except SystemExit as e:  # argparse
+        status = e.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # Without the interpreter's own end, which takes a second in a fork of this size.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else status is not None)
 
 
 if __name__ == "serve":
