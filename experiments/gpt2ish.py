@@ -1,6 +1,6 @@
 """The baseline: a GPT-2 that every idea is measured against.
 
-The idea: none. Pre-norm GPT-2 (Radford et al. 2019) with the choices of the original playground:
+The idea: none. Pre-norm GPT-2 (Radford et al. 2019) with the choices of jmward01/lmplay:
 separate query, key, value and output projections with biases, an exact GELU, an untied head with a
 bias.
 
@@ -8,10 +8,11 @@ bias.
     x = x + proj(attention(LN(x)));  x = x + fc2(gelu(fc1(LN(x))))      for each of L blocks
     logits = head(LN(x))
 
-Dropout follows the embeddings and each residual branch. It does not act on the attention weights,
-so that the fused attention can be used. Weights start as in GPT-2: normal with deviation .02,
-divided by sqrt(2 L) where they write to the residual stream. With tied=True and head_bias=False the
-weights map one to one to the transformers library's GPT2LMHeadModel (activation_function="gelu").
+Dropout acts on the sum of the embeddings and on each branch's output before it is added. It does
+not act on the attention weights, so that the fused attention can be used. Weights start as in
+GPT-2: normal with standard deviation .02, and .02 / sqrt(2 L) in `proj` and `fc2`, whose outputs
+are added to x. With tied=True and head_bias=False the weights map one to one to the transformers
+library's GPT2LMHeadModel (activation_function="gelu").
 
 Source: https://github.com/jmward01/lmplay (gpt2ish).
 """
@@ -54,7 +55,7 @@ class Linear(nn.Linear):
     """nn.Linear that starts as GPT-2's: normal weights, zero bias."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, std: float = 0.02):
-        self.std = std
+        self.std = std  # before super().__init__, which calls reset_parameters
         super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
@@ -82,10 +83,10 @@ class Attention(nn.Module):
         self.proj = Linear(c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
-        heads = (self.num_heads, x.shape[-1] // self.num_heads)
-        q = self.query(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, t, h)
-        k = self.key(x).unflatten(-1, heads).transpose(1, 2)
-        v = self.value(x).unflatten(-1, heads).transpose(1, 2)
+        head_shape = (self.num_heads, x.shape[-1] // self.num_heads)  # (H, h)
+        q = self.query(x).unflatten(-1, head_shape).transpose(1, 2)  # (B, H, t, h)
+        k = self.key(x).unflatten(-1, head_shape).transpose(1, 2)
+        v = self.value(x).unflatten(-1, head_shape).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
         out = causal_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)
@@ -147,7 +148,10 @@ class Runner(ModelRunner):
         return GPT(self.config)
 
     def to_hf(self, model: nn.Module) -> HfForm:
-        """GPT2LMHeadModel, which keeps matrices as (in, out) and query, key, value in one."""
+        """Return the weights as a GPT2LMHeadModel's.
+
+        Its layers store matrices as (in, out), and c_attn joins query, key and value.
+        """
         c = self.config
         own = model.state_dict()
         tensors = {
@@ -158,7 +162,9 @@ class Runner(ModelRunner):
             "lm_head.weight": own["head.weight"],
         }
         if c.head_bias:
-            tensors["lm_head.bias"] = own["head.bias"]  # GPT-2 has none: the export widens it
+            tensors["lm_head.bias"] = own[
+                "head.bias"
+            ]  # GPT-2 has none; lmplay/export/gpt2.py adds it
         for i in range(c.num_blocks):
             for kind in ("weight", "bias"):
                 qkv = [own[f"blocks.{i}.attn.{name}.{kind}"] for name in ("query", "key", "value")]
@@ -180,7 +186,7 @@ class Runner(ModelRunner):
             "n_inner": 4 * c.embed_dim,
             "activation_function": "gelu",
             "layer_norm_epsilon": 1e-5,
-            "resid_pdrop": 0.0,
+            "resid_pdrop": 0.0,  # an export is for use, not for training
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
             "tie_word_embeddings": c.tied,

@@ -99,7 +99,7 @@ class Linear(nn.Linear):
     """nn.Linear that starts as GPT-2's: normal weights, zero bias."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, std: float = 0.02):
-        self.std = std
+        self.std = std  # before super().__init__, which calls reset_parameters
         super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:

@@ -76,7 +76,7 @@ class Linear(nn.Linear):
     """nn.Linear that starts as GPT-2's: normal weights, zero bias."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, std: float = 0.02):
-        self.std = std
+        self.std = std  # before super().__init__, which calls reset_parameters
         super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
@@ -104,10 +104,10 @@ class Attention(nn.Module):
         self.proj = Linear(c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
-        heads = (self.num_heads, x.shape[-1] // self.num_heads)
-        q = self.query(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, t, h)
-        k = self.key(x).unflatten(-1, heads).transpose(1, 2)
-        v = self.value(x).unflatten(-1, heads).transpose(1, 2)
+        head_shape = (self.num_heads, x.shape[-1] // self.num_heads)  # (H, h)
+        q = self.query(x).unflatten(-1, head_shape).transpose(1, 2)  # (B, H, t, h)
+        k = self.key(x).unflatten(-1, head_shape).transpose(1, 2)
+        v = self.value(x).unflatten(-1, head_shape).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
         out = causal_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)

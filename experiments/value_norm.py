@@ -59,7 +59,7 @@ class Linear(nn.Linear):
     """nn.Linear that starts as GPT-2's: normal weights, zero bias."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, std: float = 0.02):
-        self.std = std
+        self.std = std  # before super().__init__, which calls reset_parameters
         super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
@@ -91,10 +91,10 @@ class Attention(nn.Module):
         self.norms = nn.ModuleDict({name: nn.LayerNorm(head_dim) for name in c.norm if here})
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
-        heads = (self.num_heads, x.shape[-1] // self.num_heads)
-        q = self.query(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, t, h)
-        k = self.key(x).unflatten(-1, heads).transpose(1, 2)
-        v = self.value(x).unflatten(-1, heads).transpose(1, 2)
+        head_shape = (self.num_heads, x.shape[-1] // self.num_heads)  # (H, h)
+        q = self.query(x).unflatten(-1, head_shape).transpose(1, 2)  # (B, H, t, h)
+        k = self.key(x).unflatten(-1, head_shape).transpose(1, 2)
+        v = self.value(x).unflatten(-1, head_shape).transpose(1, 2)
         normed = {"q": q, "k": k, "v": v}  # CHANGED
         for name, norm in self.norms.items():  # CHANGED
             normed[name] = norm(normed[name])

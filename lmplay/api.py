@@ -4,7 +4,8 @@ An experiment is one file with a `Config`, the model, a `Runner` derived from :c
 `BASELINE` and `VARIANTS`. The harness builds the model through the runner, hands it batches and
 judges the result.
 
-Letters in shapes: B batch, T sequence, D embed_dim, V vocabulary, H heads, h head size, N tokens.
+Letters in shapes: B batch, T sequence, t new positions when decoding with a cache (else T),
+D embed_dim, V vocabulary, H heads, h head size, N tokens, L blocks.
 """
 
 from __future__ import annotations
@@ -55,17 +56,17 @@ class Batch:
 
 @dataclass
 class StepOut:
-    """Result of one forward pass over a mini-batch, as sums over its counted tokens.
+    """Result of one forward pass over a mini-batch.
 
-    lmplay divides by the counted tokens of the optimizer step. So the mini-batch size
-    does not change the gradient.
+    Counted tokens are those whose target is not IGNORE. lmplay divides the sums over them by the
+    counted tokens of the optimizer step, so the mini-batch size does not change the gradient.
 
-    loss_sum: () float32, nats.
-    n_tokens: () int64, counted tokens.
-    n_correct: () int64, targets with the largest logit.
-    aux_loss: () an additional training loss, as a mean per sequence.
-    log: extra curves, () each. They become columns of train.csv and figures. Names must be Python
-        identifiers that are not columns already.
+    loss_sum: () float32, nats, a sum over the counted tokens.
+    n_tokens: () int64, the number of counted tokens.
+    n_correct: () int64, how many of their targets have the largest logit.
+    aux_loss: () is added to what is trained, not to the reported loss; a mean over sequences.
+    log: extra curves, () each, means over sequences. They become columns of train.csv and figures.
+        Names must be Python identifiers that are not columns already.
     """
 
     loss_sum: Tensor
@@ -80,20 +81,23 @@ def linear_cross_entropy(
 ) -> StepOut:
     """Cross entropy of head(hidden) without the (B, T, V) logits.
 
-    Arguments as in :func:`lmplay.ops.cross_entropy.cross_entropy_sums`.
+    Args:
+        hidden: (B, T, D).
+        head: the output layer, D to V.
+        targets: (B, T) int64; IGNORE where no loss is counted.
+        chunk: positions whose logits are computed at once. Default: chosen by the vocabulary.
     """
     return StepOut(*cross_entropy_sums(hidden, head, targets, chunk))
 
 
 @dataclass(frozen=True)
 class HfForm:
-    """A model as a model class of the transformers library.
+    """What is needed to load the weights into a model of the transformers library.
 
     model_type, config: what transformers' AutoConfig takes.
-    names: transformers' parameter names to the model's own, where the tensors are equal.
-    tensors: transformers' parameter names to tensors, where they had to be rearranged.
-
-    Name a tied parameter once.
+    names: {transformers' name: our name} of tensors that are equal. If two names share a tensor,
+        list one.
+    tensors: {transformers' name: tensor} of those that had to be rearranged.
     """
 
     model_type: str
@@ -104,6 +108,8 @@ class HfForm:
 
 class ModelRunner:
     """How the harness builds, trains, samples and folds an experiment's model.
+
+    To fold a model is to remove the parameters that only training needs, with the same function.
 
     Set `Config` to a frozen dataclass and implement :meth:`build`. The other methods have defaults
     for a model that maps ids (B, T) to hidden states (B, T, D), takes `cache=` and has its output
@@ -130,11 +136,11 @@ class ModelRunner:
         return linear_cross_entropy(model(batch.ids), head, batch.targets)
 
     def fixed_weights(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Context in which no weight changes.
+        """Return a context in which the harness updates no weight.
 
-        The harness enters it for the mini-batches of one optimizer step, for a validation and for
-        a generated text. A model that computes tensors from its weights alone can compute them
-        once in it, with :func:`cache_weights`.
+        That is for the mini-batches of one optimizer step, for a validation and for a generated
+        text. A model that computes tensors from its weights alone can compute them once in it, with
+        :func:`cache_weights`. (To freeze weights see `lmp_trainer --freeze`.)
         """
         return nullcontext()
 
@@ -146,16 +152,16 @@ class ModelRunner:
         return KVCache(c.num_blocks, batch_size, c.num_heads, max_len, head_dim, like)
 
     def new_stream(self, model: nn.Module, batch_size: int, max_len: int) -> Stream | None:
-        """Return an empty cache for endless texts, or None if the model has none.
+        """Return an empty cache for generating beyond max_len, or None if the model has none.
 
-        Without one, each token of an endless text takes a full forward pass.
+        Without one, each token beyond max_len takes a full forward pass.
         """
         return None
 
     def window(self) -> int | None:
         """Return how many positions the model sees while it decodes.
 
-        None: the model's memory of a text does not grow with the text.
+        None: no limit, for recurrent models, whose state does not grow with the text.
         """
         return self.config.max_len
 
@@ -180,16 +186,16 @@ class ModelRunner:
         The default makes embedding tables and the output head embeddings, other tensors with two or
         more dimensions matrices, and the rest vectors.
         """
-        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        embeddings = {id(m.weight) for m in modules}
         head = getattr(model, "head", None)
         if isinstance(head, nn.Linear):
-            tables.add(id(head.weight))
-        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-        rows = {id(m.weight) for m in embeddings if m.sparse}
+            embeddings.add(id(head.weight))
+        sparse_tables = {id(m.weight) for m in modules if m.sparse}
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for p in model.parameters():
-            role = "embedding" if id(p) in tables else "matrix" if p.ndim >= 2 else "vector"
-            groups.setdefault((role, id(p) in rows), []).append(p)
+            role = "embedding" if id(p) in embeddings else "matrix" if p.ndim >= 2 else "vector"
+            groups.setdefault((role, id(p) in sparse_tables), []).append(p)
         return [
             {"params": params, "role": role, "rows": sparse}
             for (role, sparse), params in groups.items()
@@ -198,9 +204,15 @@ class ModelRunner:
     def warm_start(
         self, model: nn.Module, tensors: dict[str, Tensor], log: Callable[[str], None]
     ) -> set[str]:
-        """Use a trained model's tensors that match no parameter by name and shape.
+        """Convert weights of a trained model that fit no parameter by name and shape.
 
-        Returns the names of the tensors that were used. `log` prints a line of progress.
+        The default ignores them.
+
+        Args:
+            log: prints a line of progress.
+
+        Returns:
+            The names of the tensors that were used.
         """
         return set()
 
@@ -223,6 +235,6 @@ class ModelRunner:
 
 def __getattr__(name: str) -> Any:
     """Serve names of version 0.2, which the source copies in old runs import."""
-    if name == "computed_once":
+    if name == "computed_once":  # kept its tensors in `model.held`
         return partial(cache_weights, attribute="held")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -227,7 +227,7 @@ def test_steps_of_a_plan_follow_each_other_with_their_own_optimizers(tmp_path: P
     assert list(train["lr"][:4]) == [0.01] * 4
     assert train["lr"][4] > 0.05
     assert len(train) > 8
-    assert "plan step third begins" in done.stdout
+    assert "stage third begins" in done.stdout
 
 
 def test_a_tied_model_trains_and_generates(tmp_path: Path) -> None:

@@ -364,7 +364,7 @@ def test_a_worker_says_for_whom_it_waits(
     said: list[str] = []
     runner.work(part, said.append)
     assert said == [
-        f"waiting for {units[0].key} ({owner}); given up after 30 s without a sign of life"
+        f"waiting for {units[0].key} ({owner}); a worker silent for 30 s loses its run"
     ]
 
 
@@ -475,7 +475,7 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--exp", "gpt2ish"), "each arm must be another one"),
+        (("--exp", "gpt2ish"), "a variant is there twice"),
         (("--exp", "ue", "--controls", "speed"), "there is no such control"),
         (("--exp", "uee"), "there is no such experiment"),
         (("--exp", "ue", "--training-plan", "default"), "a budget in tokens or steps"),

@@ -1,6 +1,7 @@
 """The training loop: :meth:`Trainer.train` and :meth:`Trainer.train_step`.
 
-One module, because the loop, its state and what a checkpoint holds of both must change together.
+The loop, its state and the content of checkpoints are in one module, because a change to one needs
+a change to the others.
 """
 
 from __future__ import annotations
@@ -61,24 +62,28 @@ FP16_SCALE = 2.0**16  # first scale of the loss in fp16; the GradScaler adapts i
 
 @dataclass
 class TrainState:
-    """Position of a run in its plan: all that a resume needs besides tensors."""
+    """Position of a run in its plan: all that a resume needs besides tensors.
+
+    The names are those of existing checkpoints.
+    """
 
     plan_step: int = 0  # index of the stage
     index: int = 0  # optimizer steps in the stage
     step_seconds: float = 0.0  # training time in the stage
     step: int = 0  # optimizer steps in the run
-    tokens: int = 0
+    tokens: int = 0  # processed, whether they count in the loss or not
     seconds: float = 0.0  # training time, without validation, saving and preparation
-    validated_at: int = -1  # tokens at the last validation
+    validated_at: int = -1  # tokens at the last validation; -1 before the first
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is executed. Options change rounding and the draws of dropout, nothing else."""
+    """How a run is executed. Nothing here changes a result but by rounding and dropout's draws."""
 
     compile_model: bool = False
     save_minutes: float = 5.0
-    share: Share | None = None  # of the machine's cores; None: the threads stay as they are
+    # adapts torch's threads while other processes train; None: the threads stay as they are
+    share: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,14 @@ class StepResult:
 class Trainer:
     """One run of one experiment on one plan.
 
-    Process `rank` of `world` processes reads its share of each batch. Nothing here adds up the
-    gradients of several processes: whoever starts them must wrap the model for that.
+    Process `rank` of `world` processes reads its share of each batch. The loss is divided by the
+    tokens of all processes, so whoever starts several must add up their gradients (DDP averages
+    them), losses and counts. No command does.
+
+    Args:
+        prepared: the plan's tokenizer and tokens.
+        run: the folder that the run writes to.
+        start: where the weights come from. Default: the experiment's initialization.
     """
 
     def __init__(
@@ -190,7 +201,7 @@ class Trainer:
         with self._signals():
             if self.state.validated_at < 0:
                 self.validate()
-                self.save()  # what cannot be saved is known before the work, not after it
+                self.save()  # before training, so that a folder that refuses fails now
             while self.state.plan_step < len(self.plan.steps):
                 began = time.perf_counter()
                 stream = self.streams[self.state.plan_step]
@@ -198,11 +209,12 @@ class Trainer:
                 schedule = self.plan.schedule_of(self.stage)
                 lr = self.optimizers.set_lr(lr_multiplier(schedule, self.progress(ahead=True)))
                 result = self.train_step(arrays)
-                self.record(arrays, result, lr, time.perf_counter() - began)
+                self.finish_step(arrays, result, lr, time.perf_counter() - began)
                 if self.progress() >= 1:
                     self.next_stage()
                 if self.should_validate():
                     self.validate()
+                # Whoever read our output through a pipe is gone.
                 if self.reporter.reader_gone and self.stop_signal is None:
                     self.stop_signal = signal.SIGPIPE
                 minutes = (time.monotonic() - self.last_saved) / 60
@@ -230,8 +242,13 @@ class Trainer:
         return StepResult(loss_sum, n_correct, log, norm)
 
     def accumulate(self, arrays: Arrays) -> tuple[float, float, dict[str, float]]:
-        """Add up the gradients of the batch's mean loss; return loss, hits and the log."""
-        total = max(1, self.global_sum(arrays.n_tokens))
+        """Add up the gradients of the batch's mean loss, mini-batch by mini-batch.
+
+        Returns:
+            The loss as a sum over the counted tokens (nats), the number of correct predictions, and
+            means of the experiment's own curves.
+        """
+        n_counted = max(1, self.global_sum(arrays.n_tokens))
         size = len(arrays.ids)
         loss = torch.zeros((), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -239,23 +256,23 @@ class Trainer:
         with self.runner.fixed_weights(self.model):
             for start in range(0, size, self.mini_batch_size):
                 part = slice(start, min(start + self.mini_batch_size, size))
-                out = self.forward_backward(arrays, part, total)
-                self.optimizers.coalesce()
+                out = self.forward_backward(arrays, part, n_counted)
+                self.optimizers.coalesce()  # or sparse gradients would grow with each mini-batch
                 loss += out.loss_sum.detach()
                 correct += out.n_correct
-                weight = (part.stop - part.start) / self.batch_size
+                weight = (part.stop - part.start) / self.batch_size  # a mean over sequences
                 for name, value in out.log.items():
                     _check_log_name(name)
                     sum_so_far = log.get(name, torch.zeros((), device=self.device))
                     log[name] = sum_so_far + value.detach() * weight
         return float(loss), float(correct), {k: float(v) for k, v in log.items()}
 
-    def forward_backward(self, arrays: Arrays, part: slice, total: int) -> StepOut:
-        """Run one mini-batch: the sequences `part` of a batch with `total` counted tokens."""
+    def forward_backward(self, arrays: Arrays, part: slice, n_counted: int) -> StepOut:
+        """Run one mini-batch: the sequences `part` of a batch with `n_counted` counted tokens."""
         with autocast(self.device, self.precision):
             out = self.runner.step(self.compiled_model, to_batch(arrays, part, self.device))
-        objective = out.loss_sum / total
-        if out.aux_loss is not None:
+        objective = out.loss_sum / n_counted
+        if out.aux_loss is not None:  # a mean over sequences, not over tokens
             objective = objective + out.aux_loss * ((part.stop - part.start) / self.batch_size)
         (objective if self.scaler is None else self.scaler.scale(objective)).backward()
         return out
@@ -270,6 +287,7 @@ class Trainer:
         """
         if math.isfinite(loss) and math.isfinite(norm):
             return True
+        # At a scale of 1 it is the gradient itself that overflows.
         if math.isfinite(loss) and self.scaler is not None and self.scaler.get_scale() > 1:
             return False
         state = self.state
@@ -277,8 +295,8 @@ class Trainer:
         first = state.index * self.batch_size
         last = first + self.batch_size - 1
         raise NotFiniteError(
-            f"step {state.step + 1} (plan step {self.stage.step_name}, sequences {first} to "
-            f"{last}): {what}; nothing was updated. {self._remedy()}"
+            f"step {state.step + 1} (stage {self.stage.step_name}, its training sequences {first} "
+            f"to {last}): {what}; nothing was updated. {self._remedy()}"
         )
 
     def _remedy(self) -> str:
@@ -299,6 +317,7 @@ class Trainer:
         limits = [float(stage.steps)] if stage.steps else []
         if stage.tokens:
             limits.append(math.ceil(stage.tokens / (self.batch_size * self.length)))
+        # A stage without a budget lasts one epoch.
         epochs = stage.epochs if stage.epochs or limits or stage.minutes else 1.0
         if epochs:
             sequences = self.streams[self.state.plan_step].sequences
@@ -306,10 +325,10 @@ class Trainer:
         return min(limits, default=math.inf)
 
     def progress(self, ahead: bool = False) -> float:
-        """Return the used share of the stage's budget, of the budget that ends first.
+        """Return which share of the stage is done, in (0, 1]. The budget that ends first counts.
 
         Args:
-            ahead: count the next step as done, so that the schedule ends exactly at 1.
+            ahead: include the step about to run, so that the last step has the schedule's end.
         """
         by_steps = (self.state.index + ahead) / self.max_steps()
         minutes = self.stage.minutes
@@ -332,7 +351,7 @@ class Trainer:
         state.step_seconds = 0.0
         if state.plan_step == len(self.plan.steps):
             return
-        self.reporter.note(f"plan step {self.stage.step_name} begins")
+        self.reporter.note(f"stage {self.stage.step_name} begins")
         after = self.plan.optimizer_of(self.stage)
         if type(after) is type(before) and after == before.with_rates_of(after):
             self.optimizers.change_rates(after)  # the optimizer's state continues
@@ -341,7 +360,8 @@ class Trainer:
             self.optimizers = self._make_optimizers()
 
     def should_validate(self) -> bool:
-        """Return whether the plan's interval of tokens, or the plan, has ended."""
+        """Return whether a validation is due: every `every_tokens` tokens, and at the plan's
+        end."""
         state = self.state
         every = self.plan.validation.every_tokens
         at_end = state.plan_step == len(self.plan.steps)
@@ -350,8 +370,8 @@ class Trainer:
 
     # ---------------------------------------------------------------- curves and validation
 
-    def record(self, arrays: Arrays, result: StepResult, lr: float, seconds: float) -> None:
-        """Count the step and append its row to train.csv."""
+    def finish_step(self, arrays: Arrays, result: StepResult, lr: float, seconds: float) -> None:
+        """Advance the state by one optimizer step and append its row to train.csv."""
         state = self.state
         n = self.global_sum(arrays.n_tokens)
         processed = self.batch_size * self.length
@@ -380,7 +400,7 @@ class Trainer:
         loss = 0.0
         correct = 0.0
         n = 0
-        size = 0
+        n_bytes = 0
         no_gradients = torch.no_grad()
         precision = autocast(self.device, self.precision)
         with no_gradients, precision, self.runner.fixed_weights(self.model):
@@ -390,7 +410,7 @@ class Trainer:
                 loss += float(out.loss_sum)
                 correct += float(out.n_correct)
                 n += arrays.n_tokens
-                size += self._bytes(arrays)
+                n_bytes += self._bytes(arrays)
         if not math.isfinite(loss):
             raise NotFiniteError(
                 f"step {self.state.step}: the validation loss is {loss}. {self._remedy()}"
@@ -398,13 +418,16 @@ class Trainer:
         sample = self.sample()
         self.model.train()
         self.state.validated_at = self.state.tokens
-        row = {**self._axes(), **self._quality(loss, correct, n, size)}
+        row = {**self._axes(), **self._quality(loss, correct, n, n_bytes)}
         self.validate_curve.append(row)
         self.samples.append(self.state.tokens, sample)
         self.reporter.validated(row, sample)
 
     def sample(self, new_tokens: int = 40) -> str:
-        """Return a text by the model as it is now, drawn from a generator of its own."""
+        """Return a text by the model as it is now.
+
+        It has a random generator of its own, so that it does not change the training run.
+        """
         tokenizer = self.prepared.tokenizer
         prompt = self.plan.validation.sample_prompt
         try:
@@ -433,11 +456,15 @@ class Trainer:
             "seconds": self.state.seconds,
         }
 
-    def _quality(self, loss: float, correct: float, n: int, size: int) -> dict[str, float]:
-        """Return nats per token, bits per byte and accuracy from sums over n tokens."""
+    def _quality(self, loss: float, correct: float, n: int, n_bytes: int) -> dict[str, float]:
+        """Return nats per token, bits per byte and accuracy.
+
+        Args:
+            loss, correct: sums over n counted tokens, which are n_bytes bytes of text.
+        """
         return {
             "loss": loss / max(1, n),
-            "bpb": loss / LN2 / max(1, size),
+            "bpb": loss / LN2 / max(1, n_bytes),
             "accuracy": correct / max(1, n),
         }
 
@@ -469,10 +496,10 @@ class Trainer:
         """Measure FLOPs per token and, if none is given, the fastest mini-batch size.
 
         Args:
-            known: what an earlier start of this run measured; it is used again.
+            known: the run.json of an earlier start. What it measured is used again.
 
         Returns:
-            What run.json keeps of it.
+            flops_per_token, mini_batch_size and threads, for run.json.
         """
         arrays = self.streams[0].batch(0, self.batch_size, self.rank, self.world)
         self.model.train()
@@ -489,7 +516,7 @@ class Trainer:
         if not self.mini_batch_size:
             self._find_mini_batch_size(arrays)
         if self.device.type == "cuda":
-            # Forget the memory of the larger sizes that were tried.
+            # The larger sizes that were tried must not count as this run's peak.
             torch.cuda.reset_peak_memory_stats(self.device)
         if "flops_per_token" in known:
             self.flops_per_token = float(known["flops_per_token"])
@@ -508,32 +535,35 @@ class Trainer:
     def _find_mini_batch_size(self, arrays: Arrays) -> None:
         self.reporter.note("looking for the fastest mini-batch size ...")
 
-        def trial(size: int) -> None:
-            self.forward_backward(arrays, slice(0, size), total=1)
+        def try_size(n_sequences: int) -> None:
+            self.forward_backward(arrays, slice(0, n_sequences), n_counted=1)
 
-        with self.runner.fixed_weights(self.model):  # their cost is the same for every size
+        # What is computed from weights alone costs the same at every size, so it is not timed.
+        with self.runner.fixed_weights(self.model):
             self.mini_batch_size = find_mini_batch(
-                trial, self.model, self.device, len(arrays.ids), self.length
+                try_size, self.model, self.device, len(arrays.ids), self.length
             )
             if self.options.share is not None and self.device.type == "cpu":
-                self.options.share.choose(lambda: self._speed(trial))
+                self.options.share.choose(lambda: self._speed(try_size))
         self.model.zero_grad(set_to_none=True)
         release_memory()
         threads = torch.get_num_threads()
-        with_threads = f" ({threads} thread{'s' * (threads > 1)})" * (self.device.type == "cpu")
+        with_threads = ""
+        if self.device.type == "cpu":
+            with_threads = f" ({threads} thread{'s' if threads > 1 else ''})"
         self.reporter.note(
             f"mini-batch size {self.mini_batch_size} of {self.batch_size} is the fastest here"
             f"{with_threads}"
         )
 
-    def _speed(self, trial: Callable[[int], None], repeats: int = 5) -> float:
+    def _speed(self, try_size: Callable[[int], None], repeats: int = 5) -> float:
         """Return mini-batches per second, of the fastest of a few."""
-        trial(self.mini_batch_size)  # warm-up
+        try_size(self.mini_batch_size)  # warm-up
         times = []
         for _ in range(repeats):
             self.model.zero_grad(set_to_none=True)
             began = time.perf_counter()
-            trial(self.mini_batch_size)
+            try_size(self.mini_batch_size)
             times.append(time.perf_counter() - began)
         return 1 / min(times)
 
@@ -563,7 +593,7 @@ class Trainer:
             "rng": rng,
         }
         state = {
-            "place": asdict(self.state),  # the key of all versions
+            "place": asdict(self.state),  # a key that older checkpoints have, too
             **{f"{name}_bytes": log.size for name, log in logs.items()},
             "grad_scaler": {} if self.scaler is None else self.scaler.state_dict(),
         }
@@ -573,9 +603,13 @@ class Trainer:
         self.saved_state = replace(self.state)
 
     def resume(self) -> bool:
-        """Continue from the newest valid checkpoint; return False if there is none.
+        """Continue from the newest valid checkpoint.
 
         Curves are cut back to the checkpoint, so that no row is doubled or missing.
+
+        Returns:
+            False if there is no checkpoint. The curves are then empty, and the weights those of the
+            initial model, if one was given.
         """
         found = self.run.newest(self.reporter.note, check_state)
         if found is None:
@@ -596,8 +630,11 @@ class Trainer:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
         if self.scaler is not None:
             # Version 0.2 kept only the scale.
-            old = {**self.scaler.state_dict(), "scale": found.state.get("loss_scale", FP16_SCALE)}
-            self.scaler.load_state_dict(found.state.get("grad_scaler") or old)
+            version_0_2 = {
+                **self.scaler.state_dict(),
+                "scale": found.state.get("loss_scale", FP16_SCALE),
+            }
+            self.scaler.load_state_dict(found.state.get("grad_scaler") or version_0_2)
         state = found.state
         samples = state.get("samples_bytes", 0)  # older runs kept none
         self._truncate_logs(state["train_bytes"], state["validate_bytes"], samples)
@@ -635,7 +672,7 @@ class Trainer:
         """Finish the step and save on a Ctrl-C, SIGTERM or SIGHUP; stop at once on a second Ctrl-C.
 
         SIGHUP comes when a terminal or an ssh connection is closed; nohup keeps it away. A second
-        SIGTERM changes nothing: a parent may pass on a Ctrl-C that arrived here as well.
+        SIGTERM is ignored: a Ctrl-C reaches this process and its parent, which may then send it.
         """
 
         def handle(signum: int, frame: FrameType | None) -> None:

@@ -85,8 +85,8 @@ class Unit:
 
     role: "lr" (choosing a learning rate), "pair" or "control".
     lr_multiplier: of the plan's learning rates.
-    share: of the budget.
-    match, of: a control equals arm `of` in `match` ("params", "flops" or "seconds").
+    share: fraction of the trial's token budget.
+    match, of: what a control has in common ("params", "flops" or "seconds") with which idea.
     """
 
     role: str

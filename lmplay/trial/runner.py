@@ -1,8 +1,8 @@
-"""Run a trial: resolve its design, work through its queue, and report.
+"""Run a trial: look up the names in its design, work through its queue, and report.
 
-python -m lmplay.trial.runner JSON      # how a trial starts its helpers
+python -m lmplay.trial.runner JSON      # how a trial starts its other workers
 
-One module, because the starting process and its helpers must resolve a design in the same way.
+One module, because all workers must look up a design in the same way.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from .queue import DEAD, Queue, open_storage
 from .state import TrialState, over_sizes
 from .statistics import MOST_PAIRS, fewest
 
-WAIT = 1.0  # seconds between two looks at a queue in which nothing waits
+WAIT = 1.0  # seconds between two polls of a queue in which nothing waits
+VALIDATIONS = 20  # of a run, at least
 
 
 @dataclass(frozen=True)
 class Part:
-    """A trial at one size of the model."""
+    """A trial at one size of the model. jobs: by variant, the baseline's too."""
 
     queue: Queue
     design: FixedDesign
@@ -64,11 +65,11 @@ class Trial:
         storage: where the work is shared: a journal file or a database's URL. Default: a
             journal in the trial's folder.
         workers: processes on this machine.
-        threads: of each worker. Default: OMP_NUM_THREADS, or all cores divided by the workers. All
-            runs of a trial have as many, whatever else runs here.
-        create: whether the trial may be new.
+        threads: torch's threads in each worker, all the time, also if other processes use the
+            cores. Default: OMP_NUM_THREADS, or all cores divided by the workers.
+        create: False: raise LmplayError if there is no such trial.
         log: prints a line.
-        command: for the runs' records.
+        command: the command line, which run.json keeps.
 
     Raises:
         LmplayError: a name is unknown, values do not fit together, or the trial has begun with
@@ -114,7 +115,7 @@ class Trial:
         folder = self.out / "trials" / name
         journal = folder / "journal.log"
         if not create and not self.storage and not journal.exists():
-            raise LmplayError(f"there is no trial {name} in {self.out}; --name says which")
+            raise LmplayError(f"there is no trial {name} in {self.out}; --name chooses another")
         queue = Queue(open_storage(self.storage or str(journal)), name, fixed, create=create)
         return Part(queue, fixed, jobs, folder)
 
@@ -122,9 +123,10 @@ class Trial:
         return self.name or "-".join([fixed.plan, *fixed.arms, "against", fixed.against])
 
     def run(self) -> dict[str, Any]:
-        """Run what the verdict needs, with helpers, and return the report.
+        """Run what the verdict needs, with all workers, and return the report.
 
-        With several sizes the report holds `sizes` (a report each) and `fits`.
+        With several sizes the report holds `sizes` (a report each) and `fits` (for each idea, its
+        gain in nats against the number of parameters).
 
         Raises:
             Stopped: a signal asked for it; the same call continues.
@@ -132,29 +134,33 @@ class Trial:
         """
         for part in self.parts:
             write_json(part.folder / "design.json", part.queue.study.user_attrs["design"])
+        # A test that is made only once, at the end, needs the fewest pairs.
         least = fewest(self.design.level, len(self.design.exp), spent=1.0)
         if self.design.max_pairs < least:
-            self.log(f"fewer than {least} pairs cannot show that anything is REAL: --max-seeds")
+            self.log(
+                f"with --max-seeds {self.design.max_pairs} the verdict cannot be REAL or HARMFUL: "
+                f"that needs at least {least} pairs"
+            )
         with Share(self.threads):  # so that runs outside the trial make room
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        helpers = [self._start_helper() for _ in range(1, self.workers)]
+        others = [self._start_worker() for _ in range(1, self.workers)]
         finished = False
         try:
             for part in self.parts:
                 work(part, self.log)
             finished = True
         finally:
-            for helper in helpers:
+            for worker in others:
                 if not finished:
-                    helper.terminate()
-                if helper.wait() and finished:
-                    self.log(f"a worker ended with status {helper.returncode}")
+                    worker.terminate()
+                if worker.wait() and finished:
+                    self.log(f"a worker ended with status {worker.returncode}")
         return self._report()
 
-    def _start_helper(self) -> subprocess.Popen[bytes]:
-        """Start another worker on this machine, alone and without output."""
+    def _start_worker(self) -> subprocess.Popen[bytes]:
+        """Start one more worker process, which starts no others and prints nothing."""
         arguments = {
             "design": asdict(self.design),
             "out": str(self.out),
@@ -196,8 +202,8 @@ def check(design: Design, workers: int) -> None:
         raise LmplayError("--controls seconds: workers slow each other down; it needs --workers 1")
     if design.max_pairs > MOST_PAIRS:
         raise LmplayError(
-            f"--max-seeds {design.max_pairs}: {MOST_PAIRS} at most, because trying all signs of "
-            "more takes gigabytes"
+            f"--max-seeds {design.max_pairs}: {MOST_PAIRS} at most: the test enumerates all signs "
+            "of the pairs, and more take gigabytes"
         )
     if not 0 < design.level < 0.5 or design.smallest_effect <= 0:
         raise LmplayError("--level must be in (0, 0.5), --smallest-effect above 0")
@@ -222,8 +228,8 @@ def resolve(
     stage = plan.steps[0]
     if len(plan.steps) > 1 or stage.minutes or not (stage.tokens or stage.steps):
         raise LmplayError(
-            f"{path}: a trial needs a plan of one step with a budget in tokens or steps; --tokens "
-            "gives one"
+            f"{path}: a trial needs a plan of one stage with a budget in tokens or optimizer "
+            "steps; --tokens gives one"
         )
     if size != 1:
         plan = resized(plan, size, path)
@@ -233,7 +239,7 @@ def resolve(
     names = [e.variant for e in experiments]
     if against.variant in names or len(set(names)) < len(names):
         listed = ", ".join(names)
-        raise LmplayError(f"--exp {listed} against {against.variant}: each arm must be another one")
+        raise LmplayError(f"--exp {listed} against {against.variant}: a variant is there twice")
     for e in experiments:
         if {"params", "flops"} & set(design.controls) and e.source.baseline != against.variant:
             raise LmplayError(
@@ -248,7 +254,7 @@ def resolve(
         mini_batch_size=design.mini_batch_size,
         command=command,
         memory=memory,
-        divide_cores=False,  # all runs of a trial have the same threads
+        divide_cores=False,  # as many threads for all runs, so that rounding and time compare
     )
     reporter = Reporter(brief=True)
     arms = (against, *experiments)
@@ -279,18 +285,20 @@ def resolve(
 def with_validations(plan: Plan, tokens: int) -> Plan:
     """Return the plan with at least 20 validations in `tokens`.
 
-    The end point, a mean of three validations, is then one of the schedule's end.
+    The end point, a mean over the last three, then covers only the end of the schedule.
     """
-    every = min(plan.validation.every_tokens, max(1, tokens // 20))
+    every = min(plan.validation.every_tokens, max(1, tokens // VALIDATIONS))
     validation = plan.validation.model_copy(update={"every_tokens": every})
     return plan.model_copy(update={"validation": validation})
 
 
 def resized(plan: Plan, size: float, path: Path) -> Plan:
-    """Return the plan with a model `size` times as wide, with as many heads of an even width.
+    """Return the plan with a model `size` times as wide.
+
+    The number of heads stays, and each head's width is even.
 
     Raises:
-        LmplayError: the plan does not set the width, or it would be 0.
+        LmplayError: the plan sets no width or heads, or the width would be 0.
     """
     if not plan.model.embed_dim or not plan.model.num_heads:
         raise LmplayError(f"{path}: --sizes needs embed_dim and num_heads in the plan's model")
@@ -320,11 +328,11 @@ def work(part: Part, log: Callable[[str], None]) -> None:
         claimed = queue.claim(owner)
         if claimed is None:
             for key in queue.reclaim_stale():
-                log(f"its owner has stopped: {key}")
+                log(f"the worker of this run has stopped; the run is queued again: {key}")
             running = [f"{unit} ({of})" for unit, state, of in queue.status() if state == "running"]
             others = ", ".join(running)
             if others and others != waiting_for:
-                log(f"waiting for {others}; given up after {DEAD:g} s without a sign of life")
+                log(f"waiting for {others}; a worker silent for {DEAD:g} s loses its run")
             waiting_for = others
             time.sleep(WAIT)
             continue
@@ -333,7 +341,7 @@ def work(part: Part, log: Callable[[str], None]) -> None:
         try:
             with queue.heartbeat(number):
                 result = run_unit(unit, part.design, part.jobs)
-        except BusyError:  # its former owner was given up, and is still alive
+        except BusyError:  # a worker that was taken for dead still trains this run
             queue.give_up(number)
             time.sleep(WAIT)
             continue
@@ -347,11 +355,13 @@ def work(part: Part, log: Callable[[str], None]) -> None:
 def run_unit(unit: Unit, design: FixedDesign, jobs: dict[str, Job]) -> Result:
     """Train one run of a trial, or resume it, and return its end point.
 
-    A run that diverges ends at infinity.
+    The loss of a run that diverges is infinite.
     """
     matches_size = unit.match in ("params", "flops")
+    # A matched control is the idea's job, whose baseline `matched` resizes.
     job = jobs[unit.of] if matches_size else jobs[unit.arm]
     plan = scaled(job.plan, unit, design.tokens)
+    # Another budget is part of the folder's name.
     tokens = None if unit.share == 1 else plan.steps[0].tokens
     options = replace(job.options, seed=unit.seed, tokens=tokens)
     job = replace(job, plan=plan, plan_name=folder_of(unit, design), options=options)
@@ -362,8 +372,8 @@ def run_unit(unit: Unit, design: FixedDesign, jobs: dict[str, Job]) -> Result:
     if matches_size:
         job, config, control = matched(job, config, unit.match, prepared)
     run = PreparedRun(job, config, prepared, control)
-    if parts := run.folder.differs(run.identity):  # from before the idea was edited
-        # Not through the reporter, which is quiet: this run's record is about to move.
+    if parts := run.folder.differs(run.identity):  # the idea was edited after it was trained
+        # The trial's reporter prints no notes.
         which = " and ".join(parts)
         print(f"{run.folder.path} has another {which}: it is moved aside", file=sys.stderr)
         job = replace(job, options=replace(job.options, fresh=True))
@@ -372,7 +382,8 @@ def run_unit(unit: Unit, design: FixedDesign, jobs: dict[str, Job]) -> Result:
         run.train()
     except NotFiniteError:
         inf = float("inf")
-        return Result(inf, inf, [], [], 0.0, 0.0, str(run.folder.path))
+        where = str(run.folder.path)
+        return Result(loss=inf, bpb=inf, tokens=[], losses=[], seconds=0.0, flops=0.0, folder=where)
     curve = read_curve(run.folder.path / "validate.csv")
     end = curve.tail(design.last).fillna(float("inf"))
     last = curve.iloc[-1]
@@ -390,7 +401,8 @@ def run_unit(unit: Unit, design: FixedDesign, jobs: dict[str, Job]) -> Result:
 def folder_of(unit: Unit, design: FixedDesign) -> str:
     """Return the folder of a unit's run. Trials of one plan share their runs.
 
-    They do not share them across kinds of devices, nor runs whose seconds count with others.
+    Runs on cpu, cuda and mps have separate folders. So have those of a trial with the control
+    `seconds`, which must not be timed beside other work.
     """
     name = f"{TRIALS}{design.plan}-{design.plan_fingerprint[:6]}"
     name += "" if design.device == "cpu" else f"-{design.device}"
@@ -409,19 +421,19 @@ def scaled(plan: Plan, unit: Unit, tokens: int) -> Plan:
     if unit.share != 1:
         budget = round(tokens * unit.share)
         changes |= {"tokens": budget, "steps": None, "epochs": None}
-        every = {"every_tokens": max(1, budget // 20)}
+        every = {"every_tokens": max(1, budget // VALIDATIONS)}
         plan = plan.model_copy(update={"validation": plan.validation.model_copy(update=every)})
     return plan.model_copy(
         update={
             "optimizer": plan.optimizer.scaled(multiplier),
             "steps": [stage.model_copy(update=changes)],
-            "seed": plan.seed + unit.seed,
+            "seed": plan.seed + unit.seed,  # the data's order; the options' seed is the weights'
         }
     )
 
 
 def main() -> int:
-    """Run a trial as a helper of another process."""
+    """Run a trial as a worker that another process started."""
     arguments = json.loads(sys.argv[1])
     fields = arguments.pop("design")
     lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
@@ -433,7 +445,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except LmplayError as e:
-        print(f"trial helper: {e}", file=sys.stderr)
+        print(f"trial worker: {e}", file=sys.stderr)
         return e.exit_status
     return 0
 
