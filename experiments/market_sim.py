@@ -9,7 +9,7 @@ volumes at the touch that the message meets.
 The model is the last of a series, and every change has its switch: rotary positions (Su et al.
 2021), RMSNorm (Zhang and Sennrich 2019), grouped-query attention (Ainslie et al. 2023), SwiGLU
 (Shazeer 2020), a head tied to the embedding, and an attention sink: a learned token in front of
-every sample (Xiao et al. 2023, section 3.3). `vanilla` has none.
+every sample (Xiao et al. 2023, section 3.3). `market_vanilla` has none.
 
     x = x + O attention(rot(Q RMS(x)), rot(K RMS(x)), V RMS(x));  x = x + W2 (silu(W1 RMS(x)) * W3
     RMS(x))
@@ -20,8 +20,8 @@ stand just before the oldest message. As attention sees only differences of plac
 as rotating every key by its place in the cache, which the tests compare it with.
 
 The claim (to be tested): a lower loss and fewer cancels of orders that are not there than
-`vanilla`, and quality that lasts past the context with the sink and breaks without.
-Result so far (2026-11-23, docs/results.md): against `vanilla` it was not run; lmp_trial on the plan
+`market_vanilla`, and quality that lasts past the context with the sink and breaks without.
+Result so far (2026-11-23, docs/results.md): against `market_vanilla` it was not run; lmp_trial on the plan
 market_smoke, some seconds of training: HARMFUL, -.07 against gpt2ish. Trained for half an hour on
 market_btc and sampled through the book mask it is nearer to the held-out market than zero
 intelligence, in the mean of LOB-Bench's distances: L1 .277 and .258 against .289 and .283, W1 .331
@@ -278,11 +278,11 @@ class FeedForward(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.c = c
-        vanilla = c.ff == "gelu"
-        self.fc1 = Linear(c.embed_dim, c.inner, bias=vanilla)
-        self.gate = None if vanilla else Linear(c.embed_dim, c.inner)
+        biased = c.ff == "gelu"
+        self.fc1 = Linear(c.embed_dim, c.inner, bias=biased)
+        self.gate = None if biased else Linear(c.embed_dim, c.inner)
         self.fc2 = Linear(
-            c.inner, c.embed_dim, bias=vanilla, std=0.02 / math.sqrt(2 * c.num_blocks)
+            c.inner, c.embed_dim, bias=biased, std=0.02 / math.sqrt(2 * c.num_blocks)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -353,12 +353,12 @@ class Runner(ModelRunner):
         return StreamCache(self.config, batch_size, max_len, next(model.parameters()))
 
 
-BASELINE = "modern"
+BASELINE = "market_modern"
 
 VARIANTS: dict[str, dict] = {
-    "modern": {},
-    "modern_nosink": {"sink": False},
-    "vanilla": {
+    "market_modern": {},
+    "market_modern_nosink": {"sink": False},
+    "market_vanilla": {
         "queries_per_kv": 1,
         "positions": "learned",
         "norm": "layer",
@@ -366,7 +366,7 @@ VARIANTS: dict[str, dict] = {
         "tied": False,
         "sink": False,
     },
-    "kv6": {"queries_per_kv": 2},  # six keys and values of twelve heads
+    "market_kv6": {"queries_per_kv": 2},  # six keys and values of twelve heads
     "market_tiny": {"num_blocks": 2, "embed_dim": 32, "num_heads": 2},
     "market_100m": {"num_blocks": 12, "embed_dim": 768, "num_heads": 12},
 }

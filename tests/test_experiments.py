@@ -88,14 +88,14 @@ def test_trains_resumes_and_generates(
         "--mini-batch-size",
         "4",
     )
-    record = Trainer.record
+    finish_step = Trainer.finish_step
 
     def stop_at_5(trainer: Trainer, *args: Any) -> None:
-        record(trainer, *args)
+        finish_step(trainer, *args)
         trainer.stop_signal = signal.SIGINT if trainer.state.step == 5 else None
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "record", stop_at_5)
+        patched.setattr(Trainer, "finish_step", stop_at_5)
         assert command(*train).returncode == 130
     again = command(*train)
     assert again.returncode == 0, again.stderr

@@ -625,7 +625,7 @@ def test_too_few_messages_for_a_sample_is_one_line(tmp_path: Path, command: Comm
     path = market_plan(
         tmp_path, datasets={"generator": {"source": "market", "data": "generator", "seconds": 0.5}}
     )
-    result = command("lmp_trainer", "--exp", "modern", "--training-plan", str(path))
+    result = command("lmp_trainer", "--exp", "market_modern", "--training-plan", str(path))
     assert result.returncode == 1
     assert "too few for one" in result.stderr
     assert "Traceback" not in result.stderr

@@ -14,7 +14,7 @@ PIECE = 3
 
 
 def subject(**settings: Any) -> Subject:
-    return tiny("modern", embed_dim=24, num_heads=6, max_len=1 + 4 * PIECE, **settings)
+    return tiny("market_modern", embed_dim=24, num_heads=6, max_len=1 + 4 * PIECE, **settings)
 
 
 def logits(s: Subject, model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,7 @@ def test_without_a_sink_no_position_sees_the_first() -> None:
         assert not torch.equal(logits(s, model, ids[:, :1]), logits(s, model, changed[:, :1]))
 
 
-@pytest.mark.parametrize("variant", ["modern", "market_mamba"])
+@pytest.mark.parametrize("variant", ["market_modern", "market_mamba"])
 def test_roll_back_of_whichever_model(variant: str) -> None:
     s = tiny(variant, max_len=24)
     model = s.moved(torch.float64).eval()

@@ -67,7 +67,7 @@ def simulator(
     settings: Settings,
     markets: int = 3,
     cached: bool = True,
-    variant: str = "modern",
+    variant: str = "market_modern",
     m: Messages = M,
 ) -> Simulator:
     length = length_of(m)
@@ -98,7 +98,7 @@ def run(sim: Simulator, rounds: int) -> list[tuple[int, Message, Any]]:
     return out
 
 
-@pytest.mark.parametrize("variant", ["modern", "market_mamba"])
+@pytest.mark.parametrize("variant", ["market_modern", "market_mamba"])
 def test_with_both_masks_every_message_fits_its_book(
     recorded: RecordedSession, variant: str
 ) -> None:
@@ -115,7 +115,7 @@ def test_with_both_masks_every_message_fits_its_book(
         assert bid is None or ask is None or bid < ask
 
 
-@pytest.mark.parametrize("variant", ["modern", "market_mamba"])
+@pytest.mark.parametrize("variant", ["market_modern", "market_mamba"])
 @pytest.mark.parametrize("settings", [Settings(book=False), Settings()])
 @pytest.mark.parametrize("m", [M, WITH_BOOK], ids=["full", "book"])
 def test_what_the_model_remembers_is_what_happened(
@@ -130,7 +130,7 @@ def test_what_the_model_remembers_is_what_happened(
     # so that draws that do not stand are taken as well
     monkeypatch.setattr(simulate, "MOST_DRAWS", 2)
     # before the first of the context leaves; a Mamba never forgets
-    few = 4 if variant == "modern" else 2
+    few = 4 if variant == "market_modern" else 2
     fast, slow = (
         simulator(recorded, settings, cached=c, variant=variant, m=m) for c in (True, False)
     )
@@ -558,8 +558,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("market")
     plan = market_plan(folder)
-    for variant in ("modern", "vanilla", "market_mamba"):
-        settings = ["--seed", "1"] if variant == "modern" else []
+    for variant in ("market_modern", "market_vanilla", "market_mamba"):
+        settings = ["--seed", "1"] if variant == "market_modern" else []
         result = call_command(
             "lmp_trainer", "--exp", variant, "--training-plan", str(plan), *settings, cwd=folder
         )
@@ -575,7 +575,7 @@ def run_of(trained: Path, variant: str) -> str:
 def test_simulate_score_and_perplexity_run_and_say_what_they_found(
     trained: Path, command: Command, tmp_path: Path
 ) -> None:
-    model = run_of(trained, "modern")
+    model = run_of(trained, "market_modern")
     result = command(
         "lmp_market",
         "simulate",
@@ -631,16 +631,16 @@ def test_a_model_without_an_endless_cache_says_that_it_is_slow(
     trained: Path, command: Command
 ) -> None:
     few = ("--markets", "1", "--messages", "2", "--no-baseline", "--save", "out")
-    result = command("lmp_market", "simulate", "--model", run_of(trained, "vanilla"), *few)
+    result = command("lmp_market", "simulate", "--model", run_of(trained, "market_vanilla"), *few)
     assert result.returncode == 0, result.stderr
-    assert "vanilla has no cache for endless texts" in result.stdout
+    assert "market_vanilla has no cache for endless texts" in result.stdout
 
 
 def test_another_setting_of_the_same_weights_is_another_model(
     trained: Path, command: Command, tmp_path: Path
 ) -> None:
     recorded = {}
-    few = ("--model", run_of(trained, "modern"), "--times", "2", "--streams", "2")
+    few = ("--model", run_of(trained, "market_modern"), "--times", "2", "--streams", "2")
     for name, words in (("with", ()), ("without", ("--set", "sink=false"))):
         result = command("lmp_market", "perplexity", *few, "--save", name, *words)
         assert result.returncode == 0, result.stderr
@@ -687,7 +687,7 @@ def test_generate_is_a_market_by_itself(command: Command, tmp_path: Path) -> Non
 def test_what_a_user_can_mend_is_one_line(
     args: tuple[str, ...], says: str, trained: Path, command: Command
 ) -> None:
-    result = command("lmp_market", *(run_of(trained, "modern") if a == "RUN" else a for a in args))
+    result = command("lmp_market", *(run_of(trained, "market_modern") if a == "RUN" else a for a in args))
     assert result.returncode == 1
     [line] = [x for x in result.stderr.splitlines() if x.startswith("lmp_market:")]
     assert says in line

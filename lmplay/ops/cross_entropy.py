@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 counted = ts != IGNORE
                 picked = logp.gather(1, ts.clamp(min=0).unsqueeze(1)).squeeze(1)
                 loss -= (picked * counted).sum()
-                correct += ((picked >= logp.amax(-1)) & counted).sum()
+                correct += ((logp.argmax(-1) == ts) & counted).sum()
                 if not need:
                     continue
                 # d loss / d logits = softmax - onehot, and 0 in rows that are not counted.
@@ -128,8 +128,8 @@ def cross_entropy_sums(
 
     Returns:
         The loss in nats, the number of counted tokens and the number of hits, () each. A hit is a
-        target whose logit no other logit exceeds. Under autocast the matrix products use autocast's
-        type and the loss is float32.
+        target with the largest logit; of equal ones the first counts. Under autocast the matrix
+        products use autocast's type and the loss is float32.
     """
     weight = head.weight
     bias = head.bias
