@@ -21,9 +21,9 @@ as rotating every key by its place in the cache, which the tests compare it with
 
 The claim (to be tested): a lower loss and fewer cancels of orders that are not there than
 `market_vanilla`, and quality that lasts past the context with the sink and breaks without.
-Result so far (2026-11-23, docs/results.md): against `market_vanilla` it was not run; lmp_trial on the plan
-market_smoke, some seconds of training: HARMFUL, -.07 against gpt2ish. Trained for half an hour on
-market_btc and sampled through the book mask it is nearer to the held-out market than zero
+Result so far (2026-11-23, docs/results.md): against `market_vanilla` it was not run; lmp_trial on
+the plan market_smoke, some seconds of training: HARMFUL, -.07 against gpt2ish. Trained for half an
+hour on market_btc and sampled through the book mask it is nearer to the held-out market than zero
 intelligence, in the mean of LOB-Bench's distances: L1 .277 and .258 against .289 and .283, W1 .331
 and .313 against .343 and .333 (two seeds of sampling, one run). Without that mask one cancel in a
 thousand names an order's exact time, 68 % a price at which something rests. Past the context
@@ -281,9 +281,7 @@ class FeedForward(nn.Module):
         biased = c.ff == "gelu"
         self.fc1 = Linear(c.embed_dim, c.inner, bias=biased)
         self.gate = None if biased else Linear(c.embed_dim, c.inner)
-        self.fc2 = Linear(
-            c.inner, c.embed_dim, bias=biased, std=0.02 / math.sqrt(2 * c.num_blocks)
-        )
+        self.fc2 = Linear(c.inner, c.embed_dim, bias=biased, std=0.02 / math.sqrt(2 * c.num_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.gelu(self.fc1(x)) if self.gate is None else F.silu(self.gate(x)) * self.fc1(x)

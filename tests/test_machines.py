@@ -372,6 +372,31 @@ def test_load_is_measured() -> None:
     assert 0 <= threads.busy_cores() <= (os.cpu_count() or 1) + 0.5
 
 
+@pytest.mark.parametrize(("limit", "threads"), [(None, 1), (0.0, 2), (1e12, 1)])
+def test_a_tiny_model_has_one_thread_whatever_else_runs(
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: float | None,
+    threads: int,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("lmplay.threads.cores", lambda: 2)
+    monkeypatch.setattr("lmplay.threads.busy_cores", lambda: 0.0)
+    monkeypatch.setattr("lmplay.threads.folder", lambda: tmp_path / "others")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    if limit is not None:
+        monkeypatch.setattr("lmplay.training.loop.ONE_THREAD_FLOPS", limit)
+    write_plan(tmp_path)
+    try:
+        assert command("lmp_trainer", *TRAIN, "--steps", "1").returncode == 0
+    finally:
+        torch.set_num_threads(before)
+    run = tmp_path / "gpt_out" / "tiny" / "gpt2ish-1steps-s0"
+    assert RunFolder(run).read()["threads"] == threads
+
+
 def test_a_resume_keeps_the_threads_it_began_with(tmp_path: Path, command: Command) -> None:
     write_plan(tmp_path)
     done = command("lmp_trainer", *TRAIN, "--threads", "1", "--steps", "2")

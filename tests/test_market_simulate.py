@@ -687,7 +687,9 @@ def test_generate_is_a_market_by_itself(command: Command, tmp_path: Path) -> Non
 def test_what_a_user_can_mend_is_one_line(
     args: tuple[str, ...], says: str, trained: Path, command: Command
 ) -> None:
-    result = command("lmp_market", *(run_of(trained, "market_modern") if a == "RUN" else a for a in args))
+    result = command(
+        "lmp_market", *(run_of(trained, "market_modern") if a == "RUN" else a for a in args)
+    )
     assert result.returncode == 1
     [line] = [x for x in result.stderr.splitlines() if x.startswith("lmp_market:")]
     assert says in line

@@ -363,9 +363,7 @@ def test_a_worker_says_for_whom_it_waits(
     )
     said: list[str] = []
     runner.work(part, said.append)
-    assert said == [
-        f"waiting for {units[0].key} ({owner}); a worker silent for 30 s loses its run"
-    ]
+    assert said == [f"waiting for {units[0].key} ({owner}); a worker silent for 30 s loses its run"]
 
 
 def test_another_design_under_the_same_name_is_refused(storage: Any) -> None:

@@ -10,6 +10,7 @@ computes its own share.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -159,6 +160,22 @@ class Mixture:
         return Arrays(np.stack([i for i, _ in pairs]), np.stack([t for _, t in pairs]))
 
 
+def stage_steps(stage: PlanStage, sequences: int, batch_size: int, length: int) -> float:
+    """Return the optimizer steps that a stage's budgets allow; inf if only time limits it.
+
+    Args:
+        sequences: in an epoch of the stage.
+    """
+    limits = [float(stage.steps)] if stage.steps else []
+    if stage.tokens:
+        limits.append(math.ceil(stage.tokens / (batch_size * length)))
+    # A stage without a budget lasts one epoch.
+    epochs = stage.epochs if stage.epochs or limits or stage.minutes else 1.0
+    if epochs:
+        limits.append(max(1, int(epochs * sequences) // batch_size))
+    return min(limits, default=math.inf)
+
+
 def window(
     tokens: np.ndarray, mask: np.ndarray | None, sequence: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -216,15 +233,20 @@ class ValidationSet:
             if n < 2:
                 raise LmplayError(f"data set {name}: {_why_empty(tokens, 'val')}")
             mask = None if tokens.val_mask is None else tokens.val_mask[:n]
-            self.parts.append((tokens.val[:n], mask))
+            self.parts.append((name, tokens.val[:n], mask))
+
+    def sequences(self, name: str | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return ids and targets (T,) of each sequence, of one data set or of all."""
+        return [
+            window(tokens, mask, s, self.length)
+            for own, tokens, mask in self.parts
+            if name in (None, own)
+            for s in range((len(tokens) - 2) // self.length + 1)
+        ]
 
     def batches(self, size: int) -> Iterator[Arrays]:
         """Yield all sequences, `size` at a time; the last one of a data set may end early."""
-        pairs = [
-            window(tokens, mask, s, self.length)
-            for tokens, mask in self.parts
-            for s in range((len(tokens) - 2) // self.length + 1)
-        ]
+        pairs = self.sequences()
         for start in range(0, len(pairs), size):
             chunk = pairs[start : start + size]
             yield Arrays(np.stack([i for i, _ in chunk]), np.stack([t for _, t in chunk]))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import decoding
 from ..api import ModelRunner, StepOut
-from ..data.packing import Arrays, ValidationSet, mixtures
+from ..data.packing import Arrays, ValidationSet, mixtures, stage_steps
 from ..data.prepare import Prepared
 from ..devices import Precision, check_compiler, peak_memory_mb, release_memory
 from ..errors import LmplayError, NotFiniteError
@@ -57,6 +57,9 @@ from .restore import Restored
 from .run_folder import RunFolder
 
 LN2 = math.log(2)
+ONE_THREAD_FLOPS = 2e7
+"""Of a mini-batch. Below it more threads only wait for each other, and with one thread a run's
+rounding is the same whatever else the machine does."""
 FP16_SCALE = 2.0**16  # first scale of the loss in fp16; the GradScaler adapts it
 
 
@@ -313,16 +316,8 @@ class Trainer:
 
     def max_steps(self) -> float:
         """Return the optimizer steps that the stage's budgets allow; inf if only time limits it."""
-        stage = self.stage
-        limits = [float(stage.steps)] if stage.steps else []
-        if stage.tokens:
-            limits.append(math.ceil(stage.tokens / (self.batch_size * self.length)))
-        # A stage without a budget lasts one epoch.
-        epochs = stage.epochs if stage.epochs or limits or stage.minutes else 1.0
-        if epochs:
-            sequences = self.streams[self.state.plan_step].sequences
-            limits.append(max(1, int(epochs * sequences) // self.batch_size))
-        return min(limits, default=math.inf)
+        sequences = self.streams[self.state.plan_step].sequences
+        return stage_steps(self.stage, sequences, self.batch_size, self.length)
 
     def progress(self, ahead: bool = False) -> float:
         """Return which share of the stage is done, in (0, 1]. The budget that ends first counts.
@@ -526,6 +521,9 @@ class Trainer:
                 batch = to_batch(arrays, slice(0, self.mini_batch_size), self.device)
                 passes = math.ceil(self.batch_size / self.mini_batch_size)
                 self.flops_per_token = count_flops(self.runner, self.model, batch, passes)
+        flops = self.flops_per_token * self.mini_batch_size * self.length
+        if share is not None and "threads" not in known and flops < ONE_THREAD_FLOPS:
+            share.keep(1)
         return {
             "flops_per_token": self.flops_per_token,
             "mini_batch_size": self.mini_batch_size,
