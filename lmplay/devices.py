@@ -95,23 +95,27 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_precision(device: torch.device, amp: bool) -> Precision:
-    """Return bf16 if the hardware computes it, fp16 on older CUDA cards, else fp32 with a note."""
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the hardware computes in bfloat16, instead of emulating it."""
     import torch
 
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return True
+    if platform.machine() in ("arm64", "aarch64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def pick_precision(device: torch.device, amp: bool) -> Precision:
+    """Return bf16 if the hardware computes it, fp16 on older CUDA cards, else fp32 with a note."""
     if not amp:
         return Precision("fp32")
+    if has_bf16(device):
+        return Precision("bf16")
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Precision("bf16")
         return Precision("fp16", "--amp: this card has no bf16: fp16 with a gradient scaler")
-    if device.type == "mps":
-        return Precision("bf16")
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    if native or (
-        platform.machine() in ("arm64", "aarch64") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
-        return Precision("bf16")
     return Precision(
         "fp32",
         "--amp: this CPU has no bf16 arithmetic (emulated it is far slower): float32 is used",

@@ -11,6 +11,7 @@ from torch import nn
 from lmplay import testing
 from lmplay.errors import LmplayError
 from lmplay.plan import Schedule
+from lmplay.training.muon import Muon32, orthogonalized
 from lmplay.training.optimizer_specs import Optimizer
 from lmplay.training.optimizers import Optimizers, RowAdagrad, check_groups, lr_multiplier
 
@@ -212,6 +213,29 @@ def test_weight_decay_acts_on_matrices_only() -> None:
         0.3,
         0.0,
     ]
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_muon_in_float32_is_torchs_but_for_rounding(shape: tuple[int, int]) -> None:
+    start = torch.randn(shape)
+    gradients = torch.randn(6, *shape)
+    weights = []
+    for kind in (torch.optim.Muon, Muon32):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = kind([p], lr=0.1, weight_decay=0.2, momentum=0.9)
+        for gradient in gradients:
+            p.grad = gradient.clone()
+            optimizer.step()
+        weights.append(p.detach())
+    # bfloat16 rounds each of the iterations: .4 % of entries of about 1 / sqrt(n).
+    assert (weights[0] - weights[1]).abs().max() < 0.02
+    assert (weights[0] - start).abs().max() > 0.2
+
+
+def test_orthogonalized_moves_the_singular_values_near_one() -> None:
+    x = torch.randn(20, 50)
+    values = torch.linalg.svdvals(orthogonalized(x, (3.4445, -4.775, 2.0315), 5))
+    assert 0.6 < values.min() < values.max() < 1.3
 
 
 def test_muon_takes_the_matrices() -> None:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..devices import has_bf16
 from ..errors import LmplayError
 from ..plan import Schedule
+from .muon import Muon32
 from .optimizer_specs import Optimizer, OptimizerSpec
 
 ROLES = ("matrix", "embedding", "vector")
@@ -333,7 +335,8 @@ def _make(spec: Optimizer, groups: list[dict[str, Any]], muon: bool) -> torch.op
     devices = {p.device.type for g in groups for p in g["params"]}
     fused = devices in ({"cpu"}, {"cuda"})
     if muon:
-        return torch.optim.Muon(groups, momentum=spec.momentum)
+        in_bf16 = all(has_bf16(p.device) for g in groups for p in g["params"])
+        return (torch.optim.Muon if in_bf16 else Muon32)(groups, momentum=spec.momentum)
     match spec.name:
         case "adagrad":
             fused_adagrad = True if devices == {"cpu"} else None
