@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .api import ModelRunner
 
 ENTRY_POINTS = "lmplay.experiments"
+RECIPE_PARTS = ("model", "optimizer", "schedule", "batch")  # of lmplay.recipe
 REQUIRED = ("Config", "Runner", "BASELINE", "VARIANTS")
 OLD_API_NAMES = ("computed_once",)  # of version 0.2; the source copies in old runs import them
 
@@ -154,7 +155,14 @@ def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> E
     broken = _missing_import(tree, _api_names() if api_names is None else api_names)
     for variant, settings in variants.items():
         for key in settings:
-            if isinstance(config, ast.ClassDef) and not config.bases and key not in fields:
+            part = key.partition(".")[0]
+            if "." in key:  # a setting of the recipe; the rest of it is checked with a plan
+                if part not in RECIPE_PARTS:
+                    broken = broken or (
+                        f"variant {variant}: {key} is no setting of a recipe"
+                        f"{did_you_mean(part, RECIPE_PARTS)}"
+                    )
+            elif isinstance(config, ast.ClassDef) and not config.bases and key not in fields:
                 broken = (
                     broken or f"variant {variant}: Config has no {key}{did_you_mean(key, fields)}"
                 )
@@ -302,6 +310,11 @@ class Experiment:
     module: ModuleType
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """The variant's settings of the recipe, such as `optimizer.lr`."""
+        return {k: v for k, v in self.source.variants[self.variant].items() if "." in k}
+
+    @property
     def config_type(self) -> type:
         return self.module.Config
 
@@ -310,7 +323,8 @@ class Experiment:
     ) -> tuple[Any, list[str]]:
         """Return the variant's Config, and the names of the plan's sizes that it does not have.
 
-        Later values win: defaults, the plan's sizes, the variant's settings, the overrides.
+        Dotted keys, which are the recipe's, are left out. Later values win: defaults, the plan's
+        sizes, the variant's settings, the overrides.
 
         Raises:
             LmplayError: an override names no field, or values do not fit together.
@@ -318,9 +332,10 @@ class Experiment:
         fields = {f.name for f in dataclasses.fields(self.config_type)}
         sizes = {k: v for k, v in plan_sizes.items() if k in fields}
         without = [k for k in plan_sizes if k not in fields]
-        parsed = self.parsed(overrides)
+        own = {k: v for k, v in self.source.variants[self.variant].items() if "." not in k}
+        parsed = self.parsed({k: v for k, v in overrides.items() if "." not in k})
         try:
-            config = self.config_type(**{**sizes, **self.source.variants[self.variant], **parsed})
+            config = self.config_type(**{**sizes, **own, **parsed})
         except (ValueError, TypeError, ArithmeticError) as e:
             raise LmplayError(f"{self.variant}: these settings do not go together: {e}") from e
         for key in (

@@ -70,6 +70,7 @@ class ModelSizes(Strict):
     num_kv_heads: int | None = Field(None, gt=0, le=2**16)
     max_len: int | None = Field(None, gt=0, le=2**26)
     dropout: float | None = Field(None, ge=0, lt=1)
+    init: Literal["gpt2", "torch"] | None = Field(None, description="how the weights start")
 
 
 class Schedule(Strict):
@@ -167,12 +168,18 @@ class Plan(Strict):
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change with everything but the description."""
+        text = json.dumps(self.content(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def content(self) -> dict[str, Any]:
+        """Return all that decides a run's numbers, as JSON. Data sets are named by content."""
         content = self.model_dump(mode="json", exclude={"description"})
         for name, source in self.datasets.items():
             content["datasets"][name] = source.identity()
         content["tokenizer"] = self.tokenizer.identity()
-        text = json.dumps(content, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        if content["model"]["init"] is None:  # as in plans of before there was the key
+            del content["model"]["init"]
+        return content
 
     @property
     def used_datasets(self) -> list[str]:
@@ -300,7 +307,7 @@ def parse_plan(raw: Any, where: str) -> Plan:
         context = error.get("ctx", {})
         if error["type"] == "extra_forbidden":
             *parents, key = error["loc"]
-            hint = did_you_mean(str(key), _keys_at(Plan, parents))
+            hint = did_you_mean(str(key), keys_at(Plan, parents))
             raise LmplayError(f"{where}: {place}: unknown key{hint}") from e
         if error["type"] == "union_tag_not_found":
             raise LmplayError(
@@ -330,24 +337,24 @@ def _in_file(raw: Any, loc: Sequence[int | str]) -> Iterator[str]:
             raw = raw[part]
 
 
-def _keys_at(annotation: Any, loc: list[Any]) -> list[str]:
+def keys_at(annotation: Any, loc: list[Any]) -> list[str]:
     """Return the keys that the schema knows at a location of a validation error."""
     origin = typing.get_origin(annotation)
     args = typing.get_args(annotation)
     if origin is Annotated:
-        return _keys_at(args[0], loc)
+        return keys_at(args[0], loc)
     if origin in (typing.Union, types.UnionType):
         members = [a for a in args if a is not type(None)]
         tagged = {_tag(member): member for member in members}
         if loc and loc[0] in tagged:
-            return _keys_at(tagged[loc[0]], loc[1:])
-        return _keys_at(members[0], loc) if members else []
+            return keys_at(tagged[loc[0]], loc[1:])
+        return keys_at(members[0], loc) if members else []
     if origin in (list, dict):
-        return _keys_at(args[-1], loc[1:])
+        return keys_at(args[-1], loc[1:])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         if loc:
             inner = annotation.model_fields.get(str(loc[0]))
-            return _keys_at(inner.annotation, loc[1:]) if inner else []
+            return keys_at(inner.annotation, loc[1:]) if inner else []
         return [f.alias or name for name, f in annotation.model_fields.items()]
     return []
 

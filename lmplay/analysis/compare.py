@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def collect(
         if key in curves:
             left_out.append(f"{curves[key].path}: left out, {path} is the same run and newer")
         curves[key] = curve
-    return list(curves.values()), left_out
+    return one_plan_each(list(curves.values())), left_out
 
 
 def _of_baseline(path: Path) -> bool:
@@ -155,7 +155,7 @@ def own_curve(path: Path) -> RunCurve:
             path.parent.name,
             str(run["plan_name"]),
             # a plan names its files; what is in them may change
-            f"{identity['plan']}-{identity.get('data', '')}",
+            f"{arena_of(run)}-{identity.get('data', '')}",
             str(run.get("label") or identity["variant"]),
             path,
             read_curve(path),
@@ -163,6 +163,51 @@ def own_curve(path: Path) -> RunCurve:
         )
     except (OSError, ValueError) as e:
         raise LmplayError(f"{path.parent}: its run.json cannot be read: {e}") from e
+
+
+def arena_of(run: dict[str, Any]) -> str:
+    """Return what a run's recipe does not change, as hex digits: only equal ones can be compared.
+
+    Args:
+        run: the content of run.json.
+    """
+    if "arena" in run:
+        return str(run["arena"])
+    from ..plan import parse_plan
+    from ..recipe import arena_fingerprint
+
+    try:  # a run of version 0.2
+        return arena_fingerprint(parse_plan(run.get("plan"), "run.json"))
+    except LmplayError:
+        return str(run["identity"]["plan"])
+
+
+def one_plan_each(curves: Sequence[RunCurve]) -> list[RunCurve]:
+    """Return the curves with one plan's name for each arena.
+
+    Plans that differ in their recipes alone are one arena. It is called as most of its runs are;
+    the names of the others' runs say which plan they are of.
+    """
+    names: dict[str, Counter[str]] = {}
+    for curve in curves:
+        if curve.run:
+            names.setdefault(curve.fingerprint, Counter())[curve.plan] += 1
+    found = []
+    for curve in curves:
+        plan = names[curve.fingerprint].most_common(1)[0][0] if curve.run else curve.plan
+        if plan != curve.plan:
+            of = f" ({curve.plan})"
+            curve = replace(
+                curve, plan=plan, name=_with(curve.name, of), variant=curve.variant + of
+            )
+        found.append(curve)
+    return found
+
+
+def _with(name: str, addition: str) -> str:
+    """Return a run's name with an addition in front of its seed."""
+    setting, seed, number = name.rpartition("-s")
+    return f"{setting}{addition}{seed}{number}" if setting else name + addition
 
 
 def _original_curve(path: Path) -> RunCurve:

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .. import threads
+from ..errors import LmplayError
 from ..trial.statistics import REAL
 from . import _args, run_command
 
@@ -27,7 +28,14 @@ def parser() -> argparse.ArgumentParser:
         description="Train an idea and its baseline in pairs until it is clear which is better.",
         epilog=EPILOG,
     )
-    p.add_argument("--exp", action="append", required=True, metavar="NAME", help="repeatable")
+    p.add_argument("--exp", action="append", default=[], metavar="NAME", help="repeatable")
+    p.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="'NAME KEY=VALUE ...'",
+        help="an experiment with settings, such as 'gpt2ish optimizer.name=muon'; repeatable",
+    )
     p.add_argument("--against", metavar="NAME", help="the baseline (the first idea's own)")
     p.add_argument(
         "--training-plan", default="laptop", metavar="NAME|FILE", help="the plan (laptop)"
@@ -111,6 +119,8 @@ def main(argv: list[str] | None = None) -> int:
 def command(args: argparse.Namespace) -> int:
     from ..devices import tune_memory
 
+    if not args.exp and not args.arm:
+        raise LmplayError("--exp or --arm names what is judged")
     tune_memory()  # before torch is imported
     threads.use(args.threads)
     from ..training.loop import Stopped
@@ -124,7 +134,7 @@ def command(args: argparse.Namespace) -> int:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     design = Design(
-        exp=tuple(args.exp),
+        exp=(*args.exp, *args.arm),
         against=args.against,
         training_plan=args.training_plan,
         tokens=args.tokens,

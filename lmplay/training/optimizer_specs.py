@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .. import registry
 from ..schema import Strict
@@ -48,6 +48,12 @@ class OptimizerSpec(Strict):
         return self.model_copy(update={rate: getattr(other, rate) for rate in self.rates})
 
 
+DEFAULTS: dict[str, dict[str, float]] = {
+    # Muon's steps have the size of its rate, so that its rates are those of no other optimizer.
+    "muon": {"lr": 0.02, "other_lr": 0.01, "momentum": 0.95},
+}
+
+
 class Optimizer(OptimizerSpec):
     """The optimizers that come with torch."""
 
@@ -61,6 +67,14 @@ class Optimizer(OptimizerSpec):
     lazy: bool = Field(
         False, description="update looked-up rows only, even if that differs from a dense update"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_their_name(cls, data: Any) -> Any:
+        """Fill in the defaults that suit one optimizer only."""
+        if isinstance(data, dict) and data.get("name") in DEFAULTS:
+            return {**DEFAULTS[data["name"]], **data}
+        return data
 
 
 def optimizers() -> dict[str, type[OptimizerSpec]]:

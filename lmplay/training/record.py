@@ -35,6 +35,7 @@ class Record(_Part):
     identity: Identity
     plan_name: str
     plan: dict[str, Any] | None = None
+    arena: str | None = None
     baseline: str = ""
     idea: str | None = None
     label: str | None = None

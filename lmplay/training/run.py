@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from .. import __version__
+from .. import __version__, recipe
 from ..api import Batch
 from ..data.packing import mixtures
 from ..data.prepare import Prepared, prepare
@@ -81,11 +81,25 @@ class Job:
     experiment: Experiment
     overrides: dict[str, str]
     plan_name: str
-    plan: Plan  # with the budgets of the options
+    plan: Plan  # with the options' budgets, and the settings of the experiment and the overrides
     device: torch.device
     precision: Precision
     reporter: Reporter
     options: RunOptions = field(default_factory=RunOptions)
+    base_plan: Plan | None = None  # without those settings; None: the same
+
+    def with_arm(self, experiment: Experiment, overrides: Mapping[str, str]) -> Job:
+        """Return the job of another arm in the same arena.
+
+        Raises:
+            LmplayError: a setting of the recipe is unknown, or does not fit.
+        """
+        base = self.base_plan or self.plan
+        plan = recipe.apply(base, experiment.recipe, f"variant {experiment.variant}:")
+        plan = recipe.apply(plan, recipe.split(overrides)[1], "--set")
+        return replace(
+            self, experiment=experiment, overrides=dict(overrides), plan=plan, base_plan=base
+        )
 
     @property
     def seed(self) -> int:
@@ -116,16 +130,8 @@ def make_job(
         reporter.note(f"training plan: {name} (--training-plan list shows the others)")
     path = find_plan(name)
     plan = load_plan(path).with_budget(options.tokens, options.steps, options.minutes)
-    return Job(
-        experiment,
-        dict(overrides),
-        path.stem,
-        plan,
-        torch_device,
-        precision,
-        reporter,
-        options,
-    )
+    job = Job(experiment, {}, path.stem, plan, torch_device, precision, reporter, options)
+    return job.with_arm(experiment, overrides)
 
 
 def sized_config(job: Job, vocab: int) -> Any:
@@ -156,12 +162,12 @@ def sample_batch(job: Job, config: Any, prepared: Prepared) -> tuple[Batch, int]
 
 
 def baseline_job(job: Job) -> Job:
-    """Return the job of the baseline on the same plan.
+    """Return the job of the baseline in the same arena, with the recipe that the user set.
 
     Raises:
         LmplayError: there is no such experiment.
     """
-    return replace(job, experiment=load(*find_baseline(job.experiment.source)), overrides={})
+    return job.with_arm(load(*find_baseline(job.experiment.source)), recipe.split(job.overrides)[1])
 
 
 def run_folder(job: Job, settings: dict[str, str]) -> RunFolder:
@@ -191,10 +197,15 @@ def recorded(folder: RunFolder) -> dict[str, Any]:
     return folder.read() if (folder.path / RUN_FILE).exists() else {}
 
 
-def matched(job: Job, config: Any, what: str, prepared: Prepared) -> tuple[Job, Any, Match]:
+def matched(
+    job: Job, config: Any, what: str, prepared: Prepared, plain: Job | None = None
+) -> tuple[Job, Any, Match]:
     """Return the job of the baseline at the experiment's size, its Config, and the match.
 
     An existing run keeps the size it started with while the code of both is the same.
+
+    Args:
+        plain: the baseline's job at its own size. Default: on the job's plan.
 
     Raises:
         LmplayError: the experiment is the baseline.
@@ -206,7 +217,7 @@ def matched(job: Job, config: Any, what: str, prepared: Prepared) -> tuple[Job, 
         )
     overrides = [f"{k}={v}" for k, v in sorted(job.overrides.items())]
     to = "-".join([job.experiment.variant, *overrides])
-    plain = baseline_job(job)
+    plain = plain or baseline_job(job)
     is_new = job.options.fresh
     known = {} if is_new else recorded(run_folder(plain, {f"match_{what}": to}))
     files = dict.fromkeys([source.path, plain.experiment.source.path])
@@ -220,7 +231,7 @@ def matched(job: Job, config: Any, what: str, prepared: Prepared) -> tuple[Job, 
         found = match(wanted, to, plain.experiment, base_config, what, job.device)
         found = replace(found, of=digest)
     job.reporter.note(found.sentence())
-    chosen = replace(plain, overrides={found.field: str(found.value)})
+    chosen = replace(plain, overrides=plain.overrides | {found.field: str(found.value)})
     return chosen, sized_config(chosen, prepared.tokenizer.vocab_size), found
 
 
@@ -477,6 +488,7 @@ class PreparedRun:
         content: dict[str, Any] = {
             "plan_name": job.plan_name,
             "plan": job.plan.model_dump(mode="json", by_alias=True),
+            "arena": recipe.arena_fingerprint(job.plan),
             "baseline": job.experiment.source.baseline,
             "idea": job.experiment.source.idea,
             "overrides": job.overrides,

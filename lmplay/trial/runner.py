@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import torch
 from ..analysis.compare import TRIALS
 from ..data.prepare import prepare
 from ..devices import pick_device, pick_precision, tune_memory
-from ..discover import find, find_baseline, load, source_digest
+from ..discover import Experiment, find, find_baseline, load, source_digest
 from ..errors import BusyError, LmplayError, NotFiniteError
 from ..files import write_json
 from ..plan import Plan, find_plan, load_plan
@@ -209,6 +210,37 @@ def check(design: Design, workers: int) -> None:
         raise LmplayError("--level must be in (0, 0.5), --smallest-effect above 0")
 
 
+@dataclass(frozen=True)
+class Arm:
+    """An experiment with settings: fields of its Config, and dotted ones of the recipe."""
+
+    experiment: Experiment
+    settings: dict[str, str]
+
+    @property
+    def label(self) -> str:
+        """The arm's name, without blanks."""
+        return "-".join([self.experiment.variant, *(f"{k}={v}" for k, v in self.settings.items())])
+
+    @classmethod
+    def parse(cls, text: str, option: str) -> Arm:
+        """Return the arm for "NAME KEY=VALUE ...".
+
+        Raises:
+            LmplayError: the name is unknown, or a setting has another form.
+        """
+        words = shlex.split(text)
+        settings = {}
+        for word in words[1:]:
+            key, equals, value = word.partition("=")
+            if not equals or not key or len(word.split()) != 1:
+                raise LmplayError(f'{option} "{text}": write settings as KEY=VALUE, without blanks')
+            settings[key] = value
+        if not words:
+            raise LmplayError(f"{option}: the name of an experiment is missing")
+        return cls(load(*find(words[0])), dict(sorted(settings.items())))
+
+
 def resolve(
     design: Design, size: float, out: Path, command: tuple[str, ...], memory: str
 ) -> tuple[dict[str, Job], FixedDesign]:
@@ -233,21 +265,30 @@ def resolve(
         )
     if size != 1:
         plan = resized(plan, size, path)
-    experiments = [load(*find(name)) for name in design.exp]
-    baseline = find(design.against) if design.against else find_baseline(experiments[0].source)
-    against = load(*baseline)
-    names = [e.variant for e in experiments]
-    if against.variant in names or len(set(names)) < len(names):
-        listed = ", ".join(names)
-        raise LmplayError(f"--exp {listed} against {against.variant}: a variant is there twice")
-    for e in experiments:
-        if {"params", "flops"} & set(design.controls) and e.source.baseline != against.variant:
+    ideas = [Arm.parse(text, "--exp") for text in design.exp]
+    if design.against:
+        against = Arm.parse(design.against, "--against")
+    else:
+        against = Arm(load(*find_baseline(ideas[0].experiment.source)), {})
+    ideas = [arm for arm in ideas if arm.label != against.label]
+    names = [arm.label for arm in ideas]
+    if not names or len(set(names)) < len(names):
+        listed = ", ".join(design.exp)
+        raise LmplayError(
+            f"--exp {listed} against {against.label}: "
+            + ("an arm is there twice" if names else "this is the baseline; add an idea or --arm")
+        )
+    for arm in ideas:
+        own = arm.experiment.source.baseline
+        if {"params", "flops"} & set(design.controls) and own != against.experiment.variant:
             raise LmplayError(
-                f"--controls: {e.variant} is matched with its own baseline, {e.source.baseline}, "
-                f"not {against.variant}"
+                f"--controls: {arm.label} is matched with its own baseline, {own}, not "
+                f"{against.label}"
             )
     per_step = plan.batch.batch_size * (plan.model.max_len or 0)
     tokens = stage.tokens or (stage.steps or 0) * per_step
+    if any("batch.batch_size" in arm.settings | arm.experiment.recipe for arm in ideas):
+        plan = plan.with_budget(tokens, None, None)  # as many steps would be other tokens
     plan = with_validations(plan, tokens)
     options = RunOptions(
         out=out,
@@ -257,16 +298,15 @@ def resolve(
         divide_cores=False,  # as many threads for all runs, so that rounding and time compare
     )
     reporter = Reporter(brief=True)
-    arms = (against, *experiments)
-    jobs = {
-        e.variant: Job(e, {}, path.stem, plan, device, precision, reporter, options) for e in arms
-    }
+    arms = (against, *ideas)
+    shared = Job(against.experiment, {}, path.stem, plan, device, precision, reporter, options)
+    jobs = {arm.label: shared.with_arm(arm.experiment, arm.settings) for arm in arms}
     with reporter:
         prepared = prepare(plan, reporter.preparing)
     fixed = FixedDesign(
         plan=path.stem,
         plan_fingerprint=plan.fingerprint,
-        against=against.variant,
+        against=against.label,
         arms=tuple(names),
         level=design.level,
         max_pairs=design.max_pairs,
@@ -277,7 +317,7 @@ def resolve(
         precision=precision.name,
         device=device.type,
         data=prepared.fingerprint,
-        sources={e.variant: source_digest(e.source.path) for e in arms},
+        sources={arm.label: source_digest(arm.experiment.source.path) for arm in arms},
     )
     return jobs, fixed
 
@@ -358,19 +398,16 @@ def run_unit(unit: Unit, design: FixedDesign, jobs: dict[str, Job]) -> Result:
     The loss of a run that diverges is infinite.
     """
     matches_size = unit.match in ("params", "flops")
-    # A matched control is the idea's job, whose baseline `matched` resizes.
-    job = jobs[unit.of] if matches_size else jobs[unit.arm]
-    plan = scaled(job.plan, unit, design.tokens)
-    # Another budget is part of the folder's name.
-    tokens = None if unit.share == 1 else plan.steps[0].tokens
-    options = replace(job.options, seed=unit.seed, tokens=tokens)
-    job = replace(job, plan=plan, plan_name=folder_of(unit, design), options=options)
+    job = placed(jobs[unit.arm], unit, design)
     with job.reporter:
-        prepared = prepare(plan, job.reporter.preparing)
-    config = sized_config(job, prepared.tokenizer.vocab_size)
+        prepared = prepare(job.plan, job.reporter.preparing)
     control = None
     if matches_size:
-        job, config, control = matched(job, config, unit.match, prepared)
+        idea = placed(jobs[unit.of], unit, design)
+        config = sized_config(idea, prepared.tokenizer.vocab_size)
+        job, config, control = matched(idea, config, unit.match, prepared, job)
+    else:
+        config = sized_config(job, prepared.tokenizer.vocab_size)
     run = PreparedRun(job, config, prepared, control)
     if parts := run.folder.differs(run.identity):  # the idea was edited after it was trained
         # The trial's reporter prints no notes.
@@ -396,6 +433,15 @@ def run_unit(unit: Unit, design: FixedDesign, jobs: dict[str, Job]) -> Result:
         flops=float(last["flops"]),
         folder=str(run.folder.path),
     )
+
+
+def placed(job: Job, unit: Unit, design: FixedDesign) -> Job:
+    """Return an arm's job with the unit's seed, data order, budget, learning rates and folder."""
+    plan = scaled(job.plan, unit, design.tokens)
+    # Another budget is part of the folder's name.
+    tokens = None if unit.share == 1 else plan.steps[0].tokens
+    options = replace(job.options, seed=unit.seed, tokens=tokens)
+    return replace(job, plan=plan, plan_name=folder_of(unit, design), options=options)
 
 
 def folder_of(unit: Unit, design: FixedDesign) -> str:

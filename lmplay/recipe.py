@@ -1,0 +1,155 @@
+"""Recipes: the parts of a training plan that an arm of a comparison may change.
+
+A plan has two halves. Its arena is what a comparison holds fixed: tokenizer, data sets, validation,
+stages, budgets, the length of a sequence and the order of the data. Its recipe is the rest:
+optimizer, schedule, batch, model sizes and initialization. Runs in one arena are comparable
+whatever their recipes.
+
+A setting is a dotted key of the recipe, such as `optimizer.lr`, with a value. Settings come from
+`--set`, from an experiment's VARIANTS and from a trial's arms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from .errors import LmplayError, did_you_mean
+from .plan import AnyOptimizer, BatchSpec, ModelSizes, Plan, Schedule, keys_at
+
+PARTS: dict[str, Any] = {
+    "model": ModelSizes,
+    "optimizer": AnyOptimizer,
+    "schedule": Schedule,
+    "batch": BatchSpec,
+}
+OF_THE_ARENA = "model.max_len"
+STAGE_KEYS = {"optimizer": ("optimizer", "lr"), "schedule": ("schedule",)}
+"""What a stage may have of its own, instead of the plan's part."""
+
+
+def is_setting(key: str) -> bool:
+    """Return whether a key is a recipe's, not a field of a Config."""
+    return "." in key
+
+
+def split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of a Config and the settings of the recipe."""
+    fields = {k: v for k, v in settings.items() if not is_setting(k)}
+    return fields, {k: v for k, v in settings.items() if is_setting(k)}
+
+
+def every_key() -> list[str]:
+    """Return all dotted keys."""
+    known = [f"{part}.{key}" for part in PARTS for key in keys_at(Plan, [part])]
+    return [key for key in known if key != OF_THE_ARENA]
+
+
+def apply(plan: Plan, settings: Mapping[str, Any], where: str) -> Plan:
+    """Return the plan with these settings of its recipe.
+
+    Another `optimizer.name` starts from that optimizer's defaults.
+
+    Args:
+        settings: dotted keys and their values, as text or as JSON has them.
+        where: what gave them, for errors, such as "--set".
+
+    Raises:
+        LmplayError: a key is unknown, a value does not fit, or a stage has such a part of its own.
+    """
+    changed: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        part, _, name = key.partition(".")
+        if key == OF_THE_ARENA:
+            raise LmplayError(
+                f"{where} {key}: the length of a sequence is the arena's, because runs of a plan "
+                "read the same tokens; copy the plan to change it"
+            )
+        if part not in PARTS or not _could_be(part, name):
+            raise LmplayError(
+                f"{where} {key}: there is no such setting{did_you_mean(key, every_key())}"
+            )
+        changed.setdefault(part, {})[name] = _value(value)
+    for part, values in changed.items():
+        for stage in plan.steps:
+            for own in STAGE_KEYS.get(part, ()):
+                if getattr(stage, own) is not None:
+                    raise LmplayError(
+                        f"{where} {part}.{next(iter(values))}: the stage {stage.step_name} has its "
+                        f"own {own}; copy the plan to change it"
+                    )
+        plan = plan.model_copy(update={part: _changed(plan, part, values, where)})
+    return plan
+
+
+def _could_be(part: str, name: str) -> bool:
+    """Return whether a part has the key; an optimizer's plugin may have others."""
+    return part == "optimizer" or name in keys_at(Plan, [part])
+
+
+def _value(value: Any) -> Any:
+    """Return a value as JSON has it; text that is no JSON is itself."""
+    if not isinstance(value, str):
+        return list(value) if isinstance(value, tuple) else value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _changed(plan: Plan, part: str, values: dict[str, Any], where: str) -> Any:
+    before = getattr(plan, part).model_dump(mode="json", exclude_unset=True)
+    if part == "optimizer" and values.get("name", before.get("name")) != before.get("name"):
+        before = {}
+    try:
+        return TypeAdapter(PARTS[part]).validate_python({**before, **values})
+    except ValidationError as e:
+        error = e.errors()[0]
+        name = str(error["loc"][-1]) if error["loc"] else next(iter(values))
+        if error["type"] == "extra_forbidden":
+            known = every_key()
+            raise LmplayError(
+                f"{where} {part}.{name}: there is no such setting"
+                f"{did_you_mean(f'{part}.{name}', known)}"
+            ) from e
+        message = error["msg"].removeprefix("Value error, ")
+        shown = f"{part}.{name}"
+        given = f"={values[name]}" if name in values else ""
+        raise LmplayError(f"{where} {shown}{given}: {message}") from e
+
+
+def arena_fingerprint(plan: Plan) -> str:
+    """Return 16 hex digits that change with everything that makes runs incomparable."""
+    content = plan.content()
+    for part in PARTS:
+        if part != "model":
+            del content[part]
+    content["model"] = {"max_len": plan.model.max_len}
+    for stage in content["steps"]:
+        for keys in STAGE_KEYS.values():
+            for key in keys:
+                del stage[key]
+        if stage["steps"]:  # a budget in steps has as many tokens as its batches
+            stage["batch_size"] = plan.batch.batch_size
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(plan: Plan, other: Plan) -> dict[str, Any]:
+    """Return the settings of `plan` that `other` does not have, as dotted keys."""
+    mine, theirs = (
+        dict(_flat(p.model_dump(mode="json", include=set(PARTS)))) for p in (plan, other)
+    )
+    return {k: v for k, v in mine.items() if k not in theirs or theirs[k] != v}
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
