@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Command, write_plan
+from conftest import Command, one_line, write_plan
 from scipy import stats
 
 from lmplay.errors import LmplayError
+from lmplay.training.run_folder import RunFolder
 from lmplay.trial import queue, runner
 from lmplay.trial import state as trial
 from lmplay.trial.design import FixedDesign, Result, Unit
@@ -429,6 +430,40 @@ def test_several_sizes_are_a_trial_each_and_a_fit(command: Command, tmp_path: Pa
     assert "--sizes 0.01" in wrong.stderr
 
 
+def test_an_arm_may_be_any_recipe(command: Command, tmp_path: Path) -> None:
+    tiny_plan(tmp_path)
+    arm = "gpt2ish optimizer.lr=0.01 batch.batch_size=4"
+    plan = ("--training-plan", "tiny.json", "--max-seeds", "2", "--lr", "fixed")
+    done = command("lmp_trial", "--exp", "gpt2ish", "--arm", arm, *plan)
+    assert done.returncode == 0, done.stderr
+    label = "gpt2ish-batch.batch_size=4-optimizer.lr=0.01"
+    assert f"{label} against gpt2ish: UNDECIDED" in done.stdout
+    (path,) = (tmp_path / "gpt_out" / "trials").glob("*/trial.json")
+    report = json.loads(path.read_text())
+    assert list(report["arms"]) == [label]
+    runs = [RunFolder(tmp_path / "gpt_out" / r).read() for r in report["arms"][label]["runs"]]
+    assert {r["plan"]["optimizer"]["lr"] for r in runs} == {0.01}
+    assert {r["summary"]["tokens"] for r in runs} == {6 * 8 * 32}  # as the baseline's
+    assert len(report["runs"]) == len(runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--arm", "gpt2ish"), "this is the baseline; add an idea or --arm"),
+        (("--arm", "gpt2ish optimizer.lr"), "write settings as KEY=VALUE"),
+        (("--arm", "gpt2ish optimizer.lrr=1"), "did you mean optimizer.lr?"),
+        (("--arm", ""), "the name of an experiment is missing"),
+        ((), "--exp or --arm names what is judged"),
+    ],
+)
+def test_a_wrong_arm_is_one_line(
+    args: tuple[str, ...], says: str, command: Command, tmp_path: Path
+) -> None:
+    tiny_plan(tmp_path)
+    one_line(command("lmp_trial", *args, "--training-plan", "tiny.json"), says)
+
+
 def test_a_killed_worker_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three workers on one storage, one of them killed in the middle: each run once, the same
     verdict to the bit."""
@@ -473,10 +508,10 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--exp", "gpt2ish"), "a variant is there twice"),
+        (("--exp", "gpt2ish"), "this is the baseline"),
         (("--exp", "ue", "--controls", "speed"), "there is no such control"),
         (("--exp", "uee"), "there is no such experiment"),
-        (("--exp", "ue", "--training-plan", "default"), "a budget in tokens or steps"),
+        (("--exp", "ue", "--training-plan", "default"), "a budget in tokens or optimizer steps"),
         (("--exp", "ue", "--level", "0.7"), "--level must be in"),
     ],
 )
