@@ -49,6 +49,8 @@ EXTRAS["dev"] = [
     "hypothesis",
     "statsmodels",
     "pyorderbook",
+    "lion-pytorch",
+    "schedulefree",
 ]
 
 setup(

@@ -49,6 +49,7 @@ class Config:
     dropout: float = 0.1
     tied: bool = False
     head_bias: bool = True
+    init: Literal["gpt2", "torch"] = "gpt2"  # how the layers start
     op: Literal["add", "multiply"] = "add"  # CHANGED: how distance joins the score
     last: int = 0  # CHANGED: the number of last blocks that have it; 0 means all
 
@@ -59,6 +60,8 @@ class Config:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+        if self.init not in ("gpt2", "torch"):
+            raise ValueError(f'init "{self.init}" is neither "gpt2" nor "torch"')
         if self.tied and self.head_bias:
             raise ValueError("tied=true needs head_bias=false")
         if not 0 <= self.last <= self.num_blocks:  # CHANGED
@@ -66,23 +69,36 @@ class Config:
 
 
 class Linear(nn.Linear):
-    """nn.Linear that starts as GPT-2's: normal weights, zero bias."""
+    """nn.Linear that starts as GPT-2's (normal weights, zero bias), or as torch's without std."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, std: float = 0.02):
-        self.std = std  # before super().__init__, which calls reset_parameters
+        self.std: float | None = std  # before super().__init__, which calls reset_parameters
         super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
+        if self.std is None:
+            super().reset_parameters()
+            return
         nn.init.normal_(self.weight, std=self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding that starts as GPT-2's."""
+    """nn.Embedding that starts as GPT-2's, or as torch's without std."""
+
+    std: float | None = 0.02
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=1.0 if self.std is None else self.std)
+
+
+def start_as(init: str, model: nn.Module) -> nn.Module:
+    """Return the model, whose layers start as torch's do if `init` is "torch"."""
+    for module in model.modules():
+        if init == "torch" and isinstance(module, Linear | Embedding):
+            module.std = None
+    return model
 
 
 # CHANGED: to Attention
@@ -208,7 +224,7 @@ class Runner(ModelRunner):
     Config = Config
 
     def build(self) -> nn.Module:
-        return GPT(self.config)
+        return start_as(self.config.init, GPT(self.config))
 
 
 BASELINE = "gpt2ish"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from .ops.cached_weights import cache_weights
 from .ops.cross_entropy import OutputLayer, cross_entropy_sums
 from .ops.dropout import dropout
 from .ops.kv_cache import KVCache, Stream
+
+if TYPE_CHECKING:
+    from .training.optimizer_specs import OptimizerSpec
 
 __all__ = [
     "IGNORE",
@@ -200,6 +203,23 @@ class ModelRunner:
             {"params": params, "role": role, "rows": sparse}
             for (role, sparse), params in groups.items()
         ]
+
+    def make_optimizer(
+        self, groups: list[dict[str, Any]], recipe: OptimizerSpec
+    ) -> torch.optim.Optimizer | None:
+        """Return an optimizer of the experiment's own, or None for the plan's.
+
+        It gets dense gradients, which are clipped already, and must keep its state in `state`, as
+        torch's do: tensors, by parameter. If it has methods `eval` and `train`, as schedule-free
+        ones do, they are called around a validation and a saving, so that both use the weights that
+        `eval` puts in place.
+
+        Args:
+            groups: torch's parameter groups, with params, lr and weight_decay (0 for vectors). The
+                schedule sets each group's lr to a multiple of its `base_lr`.
+            recipe: the plan's optimizer: lr, weight_decay, betas, momentum, ...
+        """
+        return None
 
     def warm_start(
         self, model: nn.Module, tensors: dict[str, Tensor], log: Callable[[str], None]

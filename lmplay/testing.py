@@ -79,7 +79,7 @@ def tiny(name: str, device: str = "cpu", **settings: Any) -> Subject:
     known = {f.name for f in dataclasses.fields(experiment.config_type)}
     variant = experiment.source.variants[experiment.variant]
     sizes = {k: v for k, v in TINY.items() if k in known}
-    kept = {k: v for k, v in variant.items() if k not in TINY}
+    kept = {k: v for k, v in variant.items() if k not in TINY and "." not in k}
     return Subject(experiment, experiment.config_type(**{**sizes, **kept, **settings}), device)
 
 

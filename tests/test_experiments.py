@@ -3,6 +3,7 @@ be copied."""
 
 from __future__ import annotations
 
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from conftest import Command, assert_equal_to_the_bit, write_plan
 
 from lmplay import discover, testing
+from lmplay.api import Batch
 from lmplay.changes import check_marks
+from lmplay.model import build_model
 from lmplay.training.loop import Trainer
 
 SOURCES = discover.list_sources()
@@ -73,6 +76,31 @@ def test_compiles(variant: str) -> None:
 
 
 # all go through the conformance suite; one of each idea here
+FROM_THE_ORIGINAL = [
+    v for v in IDEAS if "init" in testing.tiny(v).experiment.config_type.__dataclass_fields__
+]
+
+
+@pytest.mark.parametrize("variant", FROM_THE_ORIGINAL)
+def test_it_starts_as_torch_does_if_asked(variant: str) -> None:
+    """The original's models start as torch's layers do: embeddings with deviation 1, linear layers
+    uniform in 1 / sqrt(inputs)."""
+    subject = testing.tiny(variant, init="torch", embed_dim=64, vocab_size=300)
+    model = build_model(subject.runner, 0)
+    layers = [m for m in model.modules() if type(m).__name__ in ("Linear", "Embedding")]
+    assert len(layers) >= 2
+    for layer in layers:
+        weight = layer.weight.detach()
+        if isinstance(layer, torch.nn.Linear):
+            bound = layer.in_features**-0.5
+            assert bound * 0.9 < float(weight.abs().max()) <= bound
+            assert float(weight.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+        else:
+            assert float(weight.std()) == pytest.approx(1, rel=0.1)
+    ids = torch.randint(300, (2, 12))
+    assert math.isfinite(float(subject.runner.step(model, Batch(ids, ids)).loss_sum.detach()))
+
+
 @pytest.mark.parametrize("variant", [*IDEAS, "hybrid"])
 def test_trains_resumes_and_generates(
     variant: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from lmplay import testing
+from lmplay.discover import find, load
 from lmplay.errors import LmplayError
 from lmplay.plan import Schedule
 from lmplay.training.muon import Muon32, orthogonalized
@@ -277,3 +279,63 @@ def test_clipping_by_norm_equals_torchs() -> None:
     assert math.isclose(float(norm), float(expected), rel_tol=1e-6)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+# ---------------------------------------------------------------- optimizers of experiments
+
+
+def module_of(name: str) -> Any:
+    return load(*find(name)).module
+
+
+def own_and_theirs(
+    own: torch.optim.Optimizer, theirs: torch.optim.Optimizer, steps: int = 12
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Give both the gradients of one function, each at its own weights; return the weights."""
+    target = torch.linspace(-1, 1, 20).view(4, 5)
+    for step in range(steps):
+        for optimizer in (own, theirs):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * min(1, (step + 1) / 4)  # a warm-up
+                for p in group["params"]:
+                    p.grad = 2 * (p.detach() - target) + 0.1 * torch.sin(p.detach() * 5)
+            optimizer.step()
+    return tuple(  # type: ignore[return-value]
+        [p.detach() for g in o.param_groups for p in g["params"]] for o in (own, theirs)
+    )
+
+
+def parameters() -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    start = torch.randn(4, 5)
+    return torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.4])
+def test_lion_is_that_of_a_maintained_package(weight_decay: float) -> None:
+    lion_pytorch = pytest.importorskip("lion_pytorch")
+    a, b = parameters()
+    own = module_of("lion").Lion([{"params": [a], "lr": 0.05, "weight_decay": weight_decay}])
+    theirs = lion_pytorch.Lion([b], lr=0.05, betas=(0.9, 0.99), weight_decay=weight_decay)
+    for x, y in zip(*own_and_theirs(own, theirs), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.4])
+def test_schedule_free_is_that_of_its_authors(weight_decay: float) -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+    a, b = parameters()
+    own = module_of("schedule_free").ScheduleFreeAdamW(
+        [{"params": [a], "lr": 0.05, "weight_decay": weight_decay}]
+    )
+    theirs = schedulefree.AdamWScheduleFree(
+        [b], lr=0.05, betas=(0.9, 0.999), weight_decay=weight_decay
+    )
+    theirs.train()
+    for x, y in zip(*own_and_theirs(own, theirs), strict=True):
+        torch.testing.assert_close(x, y)
+    own.eval()
+    theirs.eval()
+    torch.testing.assert_close(a, b)
+    own.train()
+    theirs.train()
+    torch.testing.assert_close(a, b)

@@ -340,12 +340,12 @@ def test_uncommitted_changes_are_kept_or_refused(tmp_path: Path) -> None:
     assert "untracked: data.jsonl" in diff
 
 
-def trainer_of(tmp_path: Path, precision: str, **changes: Any) -> Trainer:
+def trainer_of(tmp_path: Path, precision: str, exp: str = "gpt2ish", **changes: Any) -> Trainer:
     """A Trainer on the tiny plan, as the command makes it, with a precision that this machine may
     not offer."""
     plan = load_plan(write_plan(tmp_path, **changes))
     prepared = prepare(plan, lambda what, done: None)
-    experiment = load(*find("gpt2ish"))
+    experiment = load(*find(exp))
     config, _ = experiment.config({**plan.sizes(), "vocab_size": prepared.tokenizer.vocab_size}, {})
     run = RunFolder(tmp_path / "run")
     run.path.mkdir(exist_ok=True)
@@ -480,3 +480,16 @@ def test_two_processes_share_a_batch(tmp_path: Path) -> None:
         gradients.append([p.grad.clone() for p in trainer.model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_saved_is_the_average_and_a_resume_continues_at_y(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "fp32", "schedule_free")
+    trainer.train()
+    found = checkpoint.newest(trainer.run.path / "checkpoints", print)
+    assert found is not None
+    saved = found.tensors("model")
+    optimizer = found.tensors("optimizer")
+    for name, p in trainer.model.named_parameters():
+        torch.testing.assert_close(saved[name], optimizer[f"{name}|x"], rtol=0, atol=0)
+        y = torch.lerp(optimizer[f"{name}|z"], optimizer[f"{name}|x"], 0.9)
+        torch.testing.assert_close(p.detach(), y, rtol=0, atol=0)

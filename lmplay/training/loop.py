@@ -392,6 +392,7 @@ class Trainer:
     def validate(self) -> None:
         """Measure the loss on the validation set and generate a sample of text."""
         self.model.eval()
+        self.optimizers.switch("eval")
         loss = 0.0
         correct = 0.0
         n = 0
@@ -412,6 +413,7 @@ class Trainer:
             )
         sample = self.sample()
         self.model.train()
+        self.optimizers.switch("train")
         self.state.validated_at = self.state.tokens
         row = {**self._axes(), **self._quality(loss, correct, n, n_bytes)}
         self.validate_curve.append(row)
@@ -567,7 +569,8 @@ class Trainer:
 
     def _make_optimizers(self) -> Optimizers:
         spec = self.plan.optimizer_of(self.stage)
-        optimizers = Optimizers(spec, self.runner.param_groups(self.model), self.model)
+        groups = self.runner.param_groups(self.model)
+        optimizers = Optimizers(spec, groups, self.model, self.runner.make_optimizer)
         for note in optimizers.notes:
             self.reporter.note(note)
         return optimizers
@@ -585,6 +588,7 @@ class Trainer:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        self.optimizers.switch("eval")
         tensors = {
             "model": checkpoint.model_tensors(self.model),
             "optimizer": self.optimizers.state_tensors(),
@@ -596,6 +600,7 @@ class Trainer:
             "grad_scaler": {} if self.scaler is None else self.scaler.state_dict(),
         }
         path = checkpoint.save(self.run.checkpoints, self.state.step, tensors, state)
+        self.optimizers.switch("train")
         self.last_checkpoint = str(path)
         self.last_saved = time.monotonic()
         self.saved_state = replace(self.state)
@@ -622,6 +627,7 @@ class Trainer:
             self.optimizers = self._make_optimizers()
             self.optimizers.load_state_tensors(found.tensors("optimizer"))
         checkpoint.load_model_tensors(self.model, found.tensors("model"), found.path)
+        self.optimizers.switch("train")
         rng = found.tensors("rng")
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and self.device.type == "cuda":

@@ -50,7 +50,7 @@ class OptimizerSpec(Strict):
 
 DEFAULTS: dict[str, dict[str, float]] = {
     # Muon's steps have the size of its rate, so that its rates are those of no other optimizer.
-    "muon": {"lr": 0.02, "other_lr": 0.01, "momentum": 0.95},
+    "muon": {"lr": 0.02, "other_lr": 0.01},
 }
 
 

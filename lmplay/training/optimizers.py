@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from ..errors import LmplayError
 from ..plan import Schedule
 from .muon import Muon32
 from .optimizer_specs import Optimizer, OptimizerSpec
+
+MakeOptimizer = Callable[[list[dict[str, Any]], OptimizerSpec], torch.optim.Optimizer | None]
 
 ROLES = ("matrix", "embedding", "vector")
 GROUP_KEYS = {"params", "role", "rows", "lr_scale"}
@@ -113,7 +115,14 @@ class Optimizers:
         notes: what the user should know about sparse gradients.
     """
 
-    def __init__(self, spec: OptimizerSpec, groups: list[dict[str, Any]], model: nn.Module):
+    def __init__(
+        self,
+        spec: OptimizerSpec,
+        groups: list[dict[str, Any]],
+        model: nn.Module,
+        make: MakeOptimizer | None = None,
+    ):
+        """make: the experiment's own, :meth:`lmplay.api.ModelRunner.make_optimizer`."""
         check_groups(groups, model)
         self.spec = spec
         self.model = model
@@ -123,16 +132,22 @@ class Optimizers:
         self._coalesced: dict[int, int] = {}  # rows of each sparse gradient when last coalesced
         trained = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
         trained = [g for g in trained if g["params"]]
-        if isinstance(spec, Optimizer):
+        entries = [_entry(group, spec.lr, spec.weight_decay) for group in trained]
+        own = make(entries, spec) if make is not None else None
+        if own is not None:
+            self._use(own, trained, type(own).__name__)
+        elif isinstance(spec, Optimizer):
             self._make_torch_optimizers(spec, trained)
         else:
-            self._make_plugin_optimizer(spec, trained)
+            self._use(spec.make(entries), trained, spec.name)
 
-    def _make_plugin_optimizer(self, spec: OptimizerSpec, groups: list[dict[str, Any]]) -> None:
-        entries = [_entry(group, spec.lr, spec.weight_decay) for group in groups]
+    def _use(
+        self, optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], name: str
+    ) -> None:
+        """Use an optimizer of a plugin or of the experiment, which gets dense gradients."""
         if any(group.get("rows") for group in groups):
-            self.notes.append(f"dense update of sparse gradients: {spec.name} is a plugin")
-        self.parts = [spec.make(entries)]
+            self.notes.append(f"dense update of sparse gradients: {name} gets dense ones")
+        self.parts = [optimizer]
 
     def _make_torch_optimizers(self, spec: Optimizer, groups: list[dict[str, Any]]) -> None:
         dense: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # by whether Muon trains it
@@ -198,6 +213,13 @@ class Optimizers:
             for group in part.param_groups:
                 group["base_lr"] *= ratio
         self.spec = spec
+
+    def switch(self, mode: Literal["eval", "train"]) -> None:
+        """Put the weights for use in place, or those for training, if an optimizer has both."""
+        for part in self.parts:
+            method = getattr(part, mode, None)
+            if callable(method):
+                method()
 
     def coalesce(self) -> None:
         """Sum repeated rows of sparse gradients once they have doubled in number.

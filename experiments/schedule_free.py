@@ -1,0 +1,231 @@
+"""Schedule-free AdamW: an average of the weights instead of a decaying learning rate. The model is
+the baseline.
+
+The idea: averaging does what a schedule does, without knowing when training ends (Defazio et al.
+2024, arXiv 2405.15682, algorithm 1, with the bias correction of the authors' code). Three sequences
+of weights: z is what AdamW steps, x is the average that is used and saved, and the gradient is
+taken at y between them.
+
+    y = (1 - b1) z + b1 x
+    v = b2 v + (1 - b2) g²
+    z = z - lr (g / (sqrt(v / (1 - b2^t)) + eps) + weight_decay y)
+    x = (1 - c) x + c z,   c = lr² / (sum of all lr² so far)
+
+The learning rate warms up and then stays. b1, b2 are .9 and .999. The sum of squares is kept for
+each parameter, so that the state is tensors alone.
+
+The claim (to be tested): at every moment about as good as a schedule that ends there.
+Result so far: none; no trial was run yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmplay.api import KVCache, ModelRunner, causal_attention, dropout
+
+
+@dataclass(frozen=True)
+class Config:
+    num_blocks: int = 6
+    embed_dim: int = 768
+    num_heads: int = 12
+    max_len: int = 1024
+    vocab_size: int = 50257
+    dropout: float = 0.1
+    tied: bool = False
+    head_bias: bool = True
+    init: Literal["gpt2", "torch"] = "gpt2"  # how the layers start
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+        if self.init not in ("gpt2", "torch"):
+            raise ValueError(f'init "{self.init}" is neither "gpt2" nor "torch"')
+        if self.tied and self.head_bias:
+            raise ValueError("tied=true needs head_bias=false")
+
+
+class Linear(nn.Linear):
+    """nn.Linear that starts as GPT-2's (normal weights, zero bias), or as torch's without std."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, std: float = 0.02):
+        self.std: float | None = std  # before super().__init__, which calls reset_parameters
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self) -> None:
+        if self.std is None:
+            super().reset_parameters()
+            return
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that starts as GPT-2's, or as torch's without std."""
+
+    std: float | None = 0.02
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=1.0 if self.std is None else self.std)
+
+
+def start_as(init: str, model: nn.Module) -> nn.Module:
+    """Return the model, whose layers start as torch's do if `init` is "torch"."""
+    for module in model.modules():
+        if init == "torch" and isinstance(module, Linear | Embedding):
+            module.std = None
+    return model
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
+        self.query = Linear(c.embed_dim, c.embed_dim)
+        self.key = Linear(c.embed_dim, c.embed_dim)
+        self.value = Linear(c.embed_dim, c.embed_dim)
+        self.proj = Linear(c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        head_shape = (self.num_heads, x.shape[-1] // self.num_heads)  # (H, h)
+        q = self.query(x).unflatten(-1, head_shape).transpose(1, 2)  # (B, H, t, h)
+        k = self.key(x).unflatten(-1, head_shape).transpose(1, 2)
+        v = self.value(x).unflatten(-1, head_shape).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
+        out = causal_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)
+        return dropout(self.proj(out), self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.dropout = c.dropout
+        self.fc1 = Linear(c.embed_dim, 4 * c.embed_dim)
+        self.fc2 = Linear(4 * c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(c.embed_dim)
+        self.attn = Attention(c, layer)
+        self.ln2 = nn.LayerNorm(c.embed_dim)
+        self.ff = FeedForward(c)
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln1(x), cache)
+        return x + self.ff(self.ln2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.dropout = c.dropout
+        self.tok_embed = Embedding(c.vocab_size, c.embed_dim)
+        self.pos_embed = Embedding(c.max_len, c.embed_dim)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_blocks))
+        self.ln = nn.LayerNorm(c.embed_dim)
+        self.head = Linear(c.embed_dim, c.vocab_size, bias=c.head_bias)
+        if c.tied:
+            self.head.weight = self.tok_embed.weight
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, t) -> hidden states (B, t, D); `head` turns them into logits."""
+        past = 0 if cache is None else cache.length
+        positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+        x = dropout(self.tok_embed(ids) + self.pos_embed(positions), self.dropout, self.training)
+        for block in self.blocks:
+            x = block(x, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.ln(x)
+
+
+# CHANGED: to Runner
+class ScheduleFreeAdamW(torch.optim.Optimizer):
+    """Algorithm 1 of Defazio et al. 2024, as in their package schedulefree."""
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        super().__init__(groups, {"betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["z"] = p.clone()
+                    state["x"] = p.clone()
+                    state["v"] = torch.zeros_like(p)
+                    state["step"] = torch.zeros(())
+                    state["squares"] = torch.zeros(())
+                z = state["z"]
+                lr = group["lr"]
+                state["step"] += 1
+                state["v"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+                corrected = state["v"] / (1 - b2 ** float(state["step"]))
+                z.addcdiv_(p.grad, corrected.sqrt_().add_(group["eps"]), value=-lr)
+                z.add_(p, alpha=-lr * group["weight_decay"])
+                state["squares"] += lr * lr
+                share = lr * lr / float(state["squares"]) if lr else 0.0
+                state["x"].lerp_(z, share)
+                p.copy_(torch.lerp(z, state["x"], b1))
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the average x in place."""
+        for p, state in self.state.items():
+            p.copy_(state["x"])
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put y in place, where the next gradient is taken."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if state := self.state.get(p):
+                    p.copy_(torch.lerp(state["z"], state["x"], group["betas"][0]))
+
+
+class Runner(ModelRunner):
+    Config = Config
+
+    def build(self) -> nn.Module:
+        return start_as(self.config.init, GPT(self.config))
+
+    # CHANGED: to the end of the class
+    def make_optimizer(self, groups: list[dict[str, Any]], recipe: Any) -> torch.optim.Optimizer:
+        return ScheduleFreeAdamW(groups)
+
+
+BASELINE = "gpt2ish"
+
+VARIANTS: dict[str, dict] = {
+    "schedule_free": {"schedule.name": "linear_warmup", "schedule.warmup": 0.05},
+}
