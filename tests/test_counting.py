@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Command, write_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmplay.data.counting import NONE, CountTables, rows_of, standing
+from lmplay.analysis.compare import count_tables, own_curve
+from lmplay.analysis.page.gather import gather
+from lmplay.data.counting import NAMES, NONE, CountTables, rows_of, standing
 from lmplay.ops import IGNORE
+from lmplay.training.run_folder import RunFolder
 
 D = Fraction(3, 4)
 
@@ -111,3 +116,28 @@ def test_a_vocabulary_without_end_is_refused() -> None:
 )
 def test_a_sentence_says_where_a_loss_stands(loss: float, says: str) -> None:
     assert standing(loss, (6.69, 4.52, 3.99)) == says
+
+
+def test_a_run_says_where_it_stands_and_its_figures_show_it(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMP_CACHE", str(tmp_path / "cache"))
+    write_plan(tmp_path, datasets={"words": {"source": "files", "path": "data.jsonl"}})
+    train = ("lmp_trainer", "--training-plan", "tiny.json", "--mini-batch-size", "8")
+    done = command(*train)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "gpt_out" / "tiny" / "gpt2ish-s0"
+    record = RunFolder(run).read()
+    losses = record["tables"]["losses"]
+    assert losses[0] > losses[1] > losses[2] > 0
+    assert record["tables"]["datasets"] == {"words": losses}
+    assert record["tables"]["tokens"] == 12 * 8 * 33
+    assert standing(record["summary"]["val_loss"], losses) in done.stdout
+    assert count_tables([own_curve(run / "validate.csv")]) == dict(zip(NAMES, losses, strict=True))
+    content, _ = gather([tmp_path / "gpt_out"], 10)
+    assert content["arenas"][0]["tables"]["bigram"] == losses[1]
+    # Counted once: another run of the plan finds them in the cache.
+    (cache,) = (tmp_path / "cache" / "counts").glob("*.json")
+    before = cache.stat().st_mtime_ns
+    assert command(*train, "--seed", "1").returncode == 0
+    assert cache.stat().st_mtime_ns == before

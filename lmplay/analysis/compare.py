@@ -26,6 +26,7 @@ from ..training.curves import TRAIN, read_curve
 from ..training.record import read_record
 
 X_COLUMNS = {"tokens": "tokens", "steps": "step", "flops": "flops", "seconds": "seconds"}
+TABLES = ("unigram", "bigram", "trigram")  # of lmplay.data.counting
 METRICS = ("loss", "bpb", "accuracy")
 ORIGINAL_SUFFIXES = {"train": "_train_stats.csv", "validate": "_validate_stats.csv"}
 GRID = 400  # points of a common grid
@@ -163,6 +164,12 @@ def own_curve(path: Path) -> RunCurve:
         )
     except (OSError, ValueError) as e:
         raise LmplayError(f"{path.parent}: its run.json cannot be read: {e}") from e
+
+
+def count_tables(curves: Iterable[RunCurve]) -> dict[str, float]:
+    """Return the losses of count tables by name, if the runs of an arena agree on them."""
+    found = {tuple(c.run["tables"]["losses"]) for c in curves if c.run.get("tables")}
+    return dict(zip(TABLES, found.pop(), strict=True)) if len(found) == 1 else {}
 
 
 def arena_of(run: dict[str, Any]) -> str:

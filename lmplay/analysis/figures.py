@@ -22,6 +22,7 @@ from .compare import (
     Comparison,
     RunCurve,
     band,
+    count_tables,
     difference,
     families,
     null_band,
@@ -38,6 +39,7 @@ MAX_BANDS = len(COLORS)  # more bands hide one another and the curves
 MAX_FAINT = 3  # settings whose single seeds are drawn; with more, mean and band say enough
 MAX_POINTS = 400  # of a curve in a figure, which is about as wide in pixels
 TITLE_WIDTH = 100  # characters
+NEAR = 1.1  # a count table is drawn if its loss is at most as many times another's
 MAX_MARKED = 60  # points that get a marker each
 DASHES = ("-", "--", "-.", ":")  # only if more curves than colors are requested
 THEMES = {
@@ -122,6 +124,13 @@ class Content:
     def base_name(self) -> str:
         baseline = self.comparison.baseline
         return baseline.variant if baseline is not None else ""
+
+    def tables(self, low: float, high: float) -> dict[str, float]:
+        """Return the losses of count tables by name, of those near the losses from low to high."""
+        if self.diff or self.metric != "loss":
+            return {}
+        losses = count_tables(self.comparison.curves)
+        return {k: v for k, v in losses.items() if low / NEAR < v < high * NEAR}
 
 
 def draw(path: Path, comparison: Comparison, metric: str, style: Style, diff: bool) -> bool:
@@ -218,6 +227,20 @@ def _draw_curves(content: Content) -> Any:
     ax.set_ylabel(label)
     ax.set_xlabel(LABELS[style.x])
     ax.grid(True, which="major", lw=0.6)
+    bottom, top = ax.get_ylim()
+    for name, loss in content.tables(bottom, top).items():
+        if not bottom < loss < top:
+            continue
+        ax.axhline(loss, color=GREY, lw=0.9, ls=(0, (6, 3)), zorder=1)
+        ax.annotate(
+            f"{name} table  {loss:.2f}",
+            (0.01, loss),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            color=GREY,
+            fontsize=8,
+        )
     _label_ends(ax, content.groups, looks)
     figure.supxlabel(_caption(content, banded), x=0.01, ha="left", fontsize=8.5)
     return figure
@@ -483,7 +506,8 @@ def _fit_y(ax: Any, content: Content, left: float, banded: bool) -> None:
         low = min(max(low, -3 * spread), float(around.min()))
         high = max(min(high, 3 * spread), float(around.max()))
     elif content.metric == "loss" and low > 0:
-        _log_y(ax, low / 1.03, high * 1.03)
+        shown = [low, high, *content.tables(low, high).values()]
+        _log_y(ax, min(shown) / 1.03, max(shown) * 1.03)
         return
     room = 0.06 * (high - low) or 0.01
     ax.set_ylim(low - room, high + room)

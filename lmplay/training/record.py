@@ -29,6 +29,15 @@ class Identity(_Part):
     data: str | None = None
 
 
+class Tables(_Part):
+    """Losses of count tables, of :class:`lmplay.data.counting.TableLosses`."""
+
+    losses: list[float]
+    datasets: dict[str, list[float]]
+    tokens: int = Field(ge=0)
+    complete: bool
+
+
 class Record(_Part):
     """The fields of run.json that are read back."""
 
@@ -50,6 +59,7 @@ class Record(_Part):
     sizes: dict[str, float] | None = None
     match: dict[str, Any] | None = None
     initial_model: str | None = None
+    tables: Tables | None = None
     flops_per_token: float | None = Field(None, ge=0)
     mini_batch_size: int | None = Field(None, gt=0)
     log_id: str | None = None

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from .. import __version__, recipe
 from ..api import Batch
+from ..data.counting import LARGEST_VOCABULARY, standing, table_losses
 from ..data.packing import mixtures
 from ..data.prepare import Prepared, prepare
 from ..devices import Precision, describe_device, pick_device, pick_precision
@@ -370,7 +371,7 @@ class PreparedRun:
             loggers.check(options.log)
         is_new = options.fresh or not recorded(folder)
         # Measured before there is a folder, or memory is used.
-        size = self._measure_sizes() if is_new else {}
+        size = {**self._measure_sizes(), **self._count_tables()} if is_new else {}
         make_out(options.out)
         try:
             exists = folder.open(self.identity, options.fresh)
@@ -391,6 +392,8 @@ class PreparedRun:
                     )
                     raise
             folder.update(summary=summary)
+            if tables := folder.read().get("tables"):
+                reporter.note(standing(summary["val_loss"], tables["losses"]))
             reporter.note(f"finished: {folder.path}")
             return summary
         finally:
@@ -546,6 +549,22 @@ class PreparedRun:
         except torch.OutOfMemoryError:
             job.reporter.note("not compared with its baseline: it does not fit into memory")
         return {"sizes": asdict(own)}
+
+    def _count_tables(self) -> dict[str, Any]:
+        """Return the losses of count tables for run.json; {} for a vocabulary beyond them."""
+        vocab = self.prepared.tokenizer.vocab_size
+        if vocab > LARGEST_VOCABULARY:
+            return {}
+        job = self.job
+        with job.reporter:
+            found = table_losses(
+                job.plan, self.prepared, self.config.max_len, job.reporter.preparing
+            )
+        if not found.complete:
+            job.reporter.note(
+                f"count tables: of the first {found.tokens} training tokens, not of all"
+            )
+        return {"tables": asdict(found)}
 
 
 def size_of(job: Job, config: Any, prepared: Prepared) -> Size:

@@ -33,6 +33,7 @@ from ..compare import (
     baseline_of,
     by_arena,
     collect,
+    count_tables,
     families,
     source,
 )
@@ -132,6 +133,7 @@ def one_arena(
         "fingerprint": fingerprint,
         "baseline": baseline,
         "fixed": fixed,
+        "tables": count_tables(curves),
         "runs": runs,
         "changed": max(changed(c.path) for c in curves),
     }

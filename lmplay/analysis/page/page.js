@@ -316,6 +316,28 @@ function labelEnds(made, ends, look, logx) {
     });
 }
 
+// The losses of count tables that are near the curves.
+function tableLines(groups, shown, logx) {
+  const values = shown.flat().filter(Number.isFinite),
+    low = values.reduce((m, v) => Math.min(m, v), Infinity) / 1.1,
+    high = values.reduce((m, v) => Math.max(m, v), -Infinity) * 1.1,
+    xs = [...groups.values()].flat().flatMap((s) => s.x).filter((x) => !logx || x > 0),
+    ends = [xs.reduce((m, x) => Math.min(m, x), Infinity), xs.reduce((m, x) => Math.max(m, x), 0)];
+  return Object.entries(arena().tables)
+    .filter(([, loss]) => low < loss && loss < high)
+    .map(([name, loss]) => ({
+      x: ends,
+      y: [loss, loss],
+      mode: "lines+text",
+      name: `${name} table`,
+      text: [`${name} table ${loss.toFixed(2)}`, ""],
+      textposition: "top right",
+      textfont: { color: content.grey, size: 11 },
+      line: { color: content.grey, width: 1, dash: "dash" },
+      hovertemplate: `%{y:.4f}: table of ${name} counts<extra></extra>`,
+    }));
+}
+
 function draw() {
   const { groups, diff, base } = lines(),
     look = looks(),
@@ -412,6 +434,7 @@ function draw() {
           "at %{x:.4s}<extra></extra>",
       });
   }
+  if (!diff && $("metric").value === "loss") traces.push(...tableLines(groups, shown, logx));
   const bounds = [];
   for (const [name, seeds] of groups) {
     const total = hidden.has(key(name)) ? null : band(seeds, content.quantiles, content.grid);
