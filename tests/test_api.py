@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmplay.api import IGNORE, KVCache, causal_attention, dropout, linear_cross_entropy
-from lmplay.ops.cross_entropy import VOCAB_SLICE
+from lmplay.ops.cross_entropy import VOCAB_SLICE, naive_cross_entropy_sums
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 7, 64])
@@ -34,6 +34,27 @@ def test_linear_cross_entropy_matches_the_naive_form(chunk: int, bias: bool) -> 
         torch.testing.assert_close(a, b)
     assert int(out.n_tokens) == 17
     assert int(out.n_correct) == int(((logits.argmax(-1) == targets) & (targets != IGNORE)).sum())
+
+
+@pytest.mark.parametrize("equal", ["all", "two", "none"])
+def test_of_equal_logits_the_first_alone_is_a_hit(equal: str) -> None:
+    """A head that starts at zero knows nothing; that every tie is a hit would make it perfect."""
+    head = nn.Linear(6, 50, bias=False)
+    with torch.no_grad():
+        if equal == "all":
+            head.weight.zero_()
+        elif equal == "two":
+            head.weight[25:] = head.weight[:25]
+    hidden = torch.randn(4, 30, 6)
+    targets = torch.randint(50, (4, 30))
+    targets[0, 0] = IGNORE
+    fast = linear_cross_entropy(hidden, head, targets, chunk=16)
+    loss, count, hits = naive_cross_entropy_sums(hidden, head, targets)
+    torch.testing.assert_close(fast.loss_sum, loss)
+    assert int(fast.n_tokens) == int(count)
+    assert int(fast.n_correct) == int(hits) < 40
+    if equal == "all":
+        assert int(hits) == int((targets == 0).sum())
 
 
 def test_linear_cross_entropy_keeps_extreme_logits_finite() -> None:
