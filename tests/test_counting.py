@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lmplay.analysis.compare import count_tables, own_curve
 from lmplay.analysis.page.gather import gather
-from lmplay.data.counting import NAMES, NONE, CountTables, rows_of, standing
+from lmplay.data.counting import NAMES, NONE, CountTables, standing
 from lmplay.ops import IGNORE
 from lmplay.training.run_folder import RunFolder
 
@@ -95,11 +95,6 @@ def test_an_example_by_hand() -> None:
     assert loss[2] == pytest.approx(-math.log(0.625))
 
 
-def test_rows_end_where_the_last_target_does_not_count() -> None:
-    rows = rows_of(np.array([[1, 2], [3, 4]]), np.array([[2, 3], [4, IGNORE]]))
-    assert rows.tolist() == [[1, 2, 3], [3, 4, NONE]]
-
-
 def test_a_vocabulary_without_end_is_refused() -> None:
     with pytest.raises(ValueError, match="2097151"):
         CountTables(np.zeros((1, 4), np.int64), 2**21)
@@ -131,7 +126,8 @@ def test_a_run_says_where_it_stands_and_its_figures_show_it(
     losses = record["tables"]["losses"]
     assert losses[0] > losses[1] > losses[2] > 0
     assert record["tables"]["datasets"] == {"words": losses}
-    assert record["tables"]["tokens"] == 12 * 8 * 33
+    assert record["tables"]["tokens"] > 10_000
+    assert record["tables"]["complete"]
     assert standing(record["summary"]["val_loss"], losses) in done.stdout
     assert count_tables([own_curve(run / "validate.csv")]) == dict(zip(NAMES, losses, strict=True))
     content, _ = gather([tmp_path / "gpt_out"], 10)

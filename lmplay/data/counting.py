@@ -1,7 +1,8 @@
 """Losses of count tables: what counting pairs and triples of tokens alone would reach.
 
-A run that ends above the bigram table has learned less than which token follows which. The tables
-are counted from the sequences that the run trains on, and tested on its validation set. They use
+A run that ends above the bigram table has learned less than which token follows which. Each data
+set has tables of its own, counted from its training tokens and tested on its part of the validation
+set. They use
 interpolated Kneser-Ney smoothing with one discount (Kneser and Ney 1995; Chen and Goodman 1999,
 section 2.8, eq. 16 in the interpolated form of section 4.1.6):
 
@@ -16,25 +17,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from ..files import read_json, write_json
 from ..ops import IGNORE
 from ..plan import Plan
-from .packing import ValidationSet, mixtures, stage_steps
+from .packing import ValidationSet
 from .prepare import Prepared
 from .token_files import Progress, cache_folder
 
-VERSION = 1  # of the tables; a new one counts again
+VERSION = 2  # of the tables; a new one counts again
 DISCOUNT = 0.75
 NAMES = ("unigram", "bigram", "trigram")
 LARGEST_VOCABULARY = 2**21 - 1  # a triple is one int64
 NONE = -1  # in place of a token that is not there
-MOST_TOKENS = 20_000_000  # are counted; a longer run's tables are those of its first ones
+MOST_TOKENS = 20_000_000  # of a data set are counted, the first ones
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,10 @@ class CountTables:
 class TableLosses:
     """Losses of the count tables on a plan's validation set, in nats per token.
 
-    losses: of the unigram, bigram and trigram table, over all data sets.
-    datasets: the same by data set.
+    losses: of the unigram, bigram and trigram tables, over all data sets.
+    datasets: the same by data set; each has tables of its own.
     tokens: how many training tokens were counted.
-    complete: whether these are all that the plan trains on; otherwise they are the first ones.
+    complete: whether these are all; otherwise they are the first ones of a data set.
     """
 
     losses: tuple[float, float, float]
@@ -178,17 +178,16 @@ class TableLosses:
 
 
 def table_losses(plan: Plan, prepared: Prepared, length: int, progress: Progress) -> TableLosses:
-    """Return the losses of the tables that are counted from what the plan trains on.
+    """Return the losses of the tables that are counted from a plan's data sets.
 
     They are kept in the cache.
 
     Args:
         length: tokens in a sequence.
     """
-    training = _training_sequences(plan, prepared, length)
-    stages = plan.model_dump(mode="json", include={"steps", "seed", "validation"})
+    names = plan.used_datasets
     parts = [VERSION, prepared.fingerprint, prepared.tokenizer.vocab_size, length]
-    key = json.dumps([*parts, plan.used_datasets, [s for _, s, _ in training], stages])
+    key = json.dumps([*parts, names, plan.validation.tokens, MOST_TOKENS])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_folder() / "counts" / f"{digest}.json"
     try:
@@ -204,47 +203,20 @@ def table_losses(plan: Plan, prepared: Prepared, length: int, progress: Progress
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         progress(f"{path} is damaged ({e}); the count tables are made again", None)
     progress("counting pairs and triples of tokens", 0)
-    found = _count(plan, prepared, length, training)
-    content = {
-        "losses": found.losses,
-        "datasets": found.datasets,
-        "tokens": found.tokens,
-        "complete": found.complete,
-    }
-    write_json(path, content, sealed=True)
+    found = _count(names, prepared, ValidationSet(plan, prepared, length))
+    write_json(path, asdict(found), sealed=True)
     return found
 
 
-def _training_sequences(plan: Plan, prepared: Prepared, length: int) -> list[tuple[int, int, bool]]:
-    """Return (stage, sequences to count, whether these are all) of each stage."""
-    left = max(1, MOST_TOKENS // length)
-    found = []
-    for number, mixture in enumerate(mixtures(plan, prepared, length)):
-        steps = stage_steps(mixture.stage, mixture.sequences, plan.batch.batch_size, length)
-        wanted = steps * plan.batch.batch_size
-        known = mixture.sequences if math.isinf(wanted) else int(wanted)
-        count = min(known, mixture.sequences, left)  # a second epoch tells nothing new
-        left -= count
-        found.append((number, count, count == min(known, mixture.sequences)))
-    return found
-
-
-def _count(
-    plan: Plan, prepared: Prepared, length: int, training: Sequence[tuple[int, int, bool]]
-) -> TableLosses:
-    streams = mixtures(plan, prepared, length)
-    rows = []
-    for number, count, _ in training:
-        if count:
-            arrays = streams[number].batch(0, count)
-            rows.append(rows_of(arrays.ids, arrays.targets))
-    sequences = np.concatenate(rows)
-    tables = CountTables(sequences, prepared.tokenizer.vocab_size)
-    validation = ValidationSet(plan, prepared, length)
+def _count(names: Sequence[str], prepared: Prepared, validation: ValidationSet) -> TableLosses:
     sums = np.zeros(3)
     counted = 0
+    tokens = 0
     by_dataset = {}
-    for name in plan.used_datasets:
+    for name in names:
+        train = np.asarray(prepared.tokens[name].train[:MOST_TOKENS]).astype(np.int64)
+        tokens += len(train)
+        tables = CountTables(train[np.newaxis], prepared.tokenizer.vocab_size)
         pairs = validation.sequences(name)
         own = np.zeros(3)
         n = 0
@@ -256,12 +228,8 @@ def _count(
         by_dataset[name] = _three(own / max(1, n))
         sums += own
         counted += n
-    return TableLosses(
-        _three(sums / max(1, counted)),
-        by_dataset,
-        int(sequences.size),
-        all(complete for _, _, complete in training),
-    )
+    complete = all(len(prepared.tokens[name].train) <= MOST_TOKENS for name in names)
+    return TableLosses(_three(sums / max(1, counted)), by_dataset, tokens, complete)
 
 
 def _three(losses: np.ndarray) -> tuple[float, float, float]:
@@ -275,12 +243,6 @@ def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return values, np.zeros(0, np.int64)
     starts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
     return values[starts], np.diff(np.append(starts, len(values)))
-
-
-def rows_of(ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return the tokens (m, T + 1) of sequences: their ids, and the last target if it counts."""
-    last = np.where(targets[:, -1:] == IGNORE, NONE, targets[:, -1:])
-    return np.concatenate([ids, last], 1)
 
 
 def standing(loss: float, tables: Sequence[float]) -> str:

@@ -562,7 +562,7 @@ class PreparedRun:
             )
         if not found.complete:
             job.reporter.note(
-                f"count tables: of the first {found.tokens} training tokens, not of all"
+                f"count tables: of {found.tokens} training tokens, the first of each data set"
             )
         return {"tables": asdict(found)}
 
