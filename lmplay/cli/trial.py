@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="'NAME KEY=VALUE ...'",
-        help="an experiment with settings, such as 'gpt2ish optimizer.name=muon'; repeatable",
+        help="an experiment with settings, such as 'NAME optimizer.name=muon'; repeatable",
     )
     p.add_argument("--against", metavar="NAME", help="the baseline (the first idea's own)")
     p.add_argument(

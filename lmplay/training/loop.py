@@ -1,7 +1,7 @@
 """The training loop: :meth:`Trainer.train` and :meth:`Trainer.train_step`.
 
-The loop, its state and the content of checkpoints are in one module, because a change to one needs
-a change to the others.
+One module, because a change to the loop, to its state or to the content of checkpoints needs a
+change to the others.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class Design:
     """A trial as a user asks for it. Run it with :class:`lmplay.Trial`.
 
     exp: the ideas: names of variants or files, each with settings if it has any, such as
-        "gpt2ish optimizer.name=muon". One that is the baseline is left out.
+        "NAME optimizer.name=muon". One that is the baseline is left out.
     against: the baseline, in the same form; None: the first idea's own.
     training_plan: name or file of the plan.
     tokens: budget instead of the plan's.
@@ -50,7 +50,7 @@ class FixedDesign:
 
     The end point of a run is the mean loss of its last `last` validations.
 
-    against, arms: variants, followed by their settings, as in "gpt2ish-optimizer.name=muon".
+    against, arms: variants, followed by their settings, as in "NAME-optimizer.name=muon".
     data: fingerprint of the tokens. sources: digest of each arm's file.
     """
 
