@@ -170,7 +170,9 @@ def test_disk_full_while_training(command: Command, tmp_path: Path) -> None:
     assert command(*words, "--steps", "1").returncode == 0  # the data are prepared
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))  # as a full disk, for this process
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (16_000, before[1])
+    )  # as a full disk, for this process
     try:
         done = command(*words)
     finally:

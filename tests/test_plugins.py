@@ -159,7 +159,10 @@ def test_a_tokenizer(tmp_path: Path, warm: Forked, command: Command) -> None:
 def test_a_drawn_metric(tmp_path: Path, command: Command) -> None:
     """One experiment file logs a curve; it is a column, and a figure."""
     text = Path(find("gpt2ish")[0].path).read_text()
-    before = "    def build(self) -> nn.Module:\n        return GPT(self.config)\n"
+    before = (
+        "    def build(self) -> nn.Module:\n"
+        "        return start_as(self.config.init, GPT(self.config))\n"
+    )
     after = before + (
         "\n    def step(self, model, batch):\n"
         "        out = super().step(model, batch)\n"
