@@ -32,7 +32,7 @@ def kneser_ney(rows: list[list[int]], context: tuple[int, ...], w: int, vocab: i
             for i in range(len(row) - order + 1)
             if NONE not in row[i : i + order]
         )
-        if order < longest:  # how many different tokens stand in front of each
+        if order < longest:  # how many different tokens precede each
             wider = {
                 tuple(row[i : i + order + 1])
                 for row in rows

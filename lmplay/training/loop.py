@@ -421,7 +421,7 @@ class Trainer:
         self.reporter.validated(row, sample)
 
     def sample(self, new_tokens: int = 40) -> str:
-        """Return a text by the model as it is now.
+        """Return a text that the model generates at this step.
 
         It has a random generator of its own, so that it does not change the training run.
         """

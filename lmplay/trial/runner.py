@@ -448,7 +448,7 @@ def folder_of(unit: Unit, design: FixedDesign) -> str:
     """Return the folder of a unit's run. Trials of one plan share their runs.
 
     Runs on cpu, cuda and mps have separate folders. So have those of a trial with the control
-    `seconds`, which must not be timed beside other work.
+    `seconds`, whose runs must not be timed while other work runs.
     """
     name = f"{TRIALS}{design.plan}-{design.plan_fingerprint[:6]}"
     name += "" if design.device == "cpu" else f"-{design.device}"
