@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -137,19 +137,3 @@ def arena_fingerprint(plan: Plan) -> str:
             stage["batch_size"] = plan.batch.batch_size
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def differences(plan: Plan, other: Plan) -> dict[str, Any]:
-    """Return the settings of `plan` that `other` does not have, as dotted keys."""
-    mine, theirs = (
-        dict(_flat(p.model_dump(mode="json", include=set(PARTS)))) for p in (plan, other)
-    )
-    return {k: v for k, v in mine.items() if k not in theirs or theirs[k] != v}
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
