@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .api import ModelRunner
 
 ENTRY_POINTS = "lmplay.experiments"
-RECIPE_PARTS = ("model", "optimizer", "schedule", "batch")  # of lmplay.recipe
+RECIPE_PARTS = ("model", "optimizer", "schedule", "batch")  # of a plan; an arm may change them
 REQUIRED = ("Config", "Runner", "BASELINE", "VARIANTS")
 OLD_API_NAMES = ("computed_once",)  # of version 0.2; the source copies in old runs import them
 

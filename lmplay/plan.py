@@ -26,6 +26,7 @@ from . import legacy, registry
 from .data.source import Source
 from .data.sources import sources
 from .data.tokenizers import TiktokenTokenizer, TokenizerSchema, tokenizers
+from .discover import RECIPE_PARTS
 from .errors import LmplayError, did_you_mean
 from .schema import Strict
 from .shipped import shipped
@@ -105,6 +106,9 @@ class PlanStage(Strict):
     datasets: list[str] = Field(min_length=1)
     epochs: float | None = Field(None, gt=0)
     tokens: int | None = Field(None, gt=0)
+    fp32_tokens: int | None = Field(
+        None, gt=0, description="instead of `tokens` on a CPU that trains in float32"
+    )
     steps: int | None = Field(None, gt=0, description="optimizer steps")
     minutes: float | None = Field(None, gt=0)
     interleave: Literal["first_exhausted", "all_exhausted", "concatenate"] = "first_exhausted"
@@ -122,6 +126,12 @@ class PlanStage(Strict):
                 raise ValueError("weights must be one number above 0 for each of datasets")
             if self.interleave == "concatenate":
                 raise ValueError("weights do not go with interleave concatenate")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_fits(self) -> PlanStage:
+        if self.fp32_tokens and not self.tokens:
+            raise ValueError("fp32_tokens replaces tokens, which is missing")
         return self
 
 
@@ -142,6 +152,9 @@ class Plan(Strict):
     validation: Validation = Validation()
     seed: int = Field(0, ge=0, lt=2**63)
     steps: list[PlanStage] = Field(min_length=1)
+    contexts: dict[str, dict[str, Any]] = Field(
+        {}, description="by name, settings of the recipe under which a trial repeats its question"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -160,6 +173,14 @@ class Plan(Strict):
         for name in self.used_datasets:
             self.datasets[name].check_plan(self)
         self.tokenizer.check_plan(self)
+        known = [f"{part}.{key}" for part in RECIPE_PARTS for key in keys_at(Plan, [part])]
+        for context, settings in self.contexts.items():
+            for key in settings:
+                if key not in known and not key.startswith("optimizer."):  # plugins have others
+                    raise ValueError(
+                        f"context {context}: {key} is no setting of a recipe"
+                        f"{did_you_mean(key, known)}"
+                    )
         names = [stage.step_name for stage in self.steps]
         if len(set(names)) != len(names):
             raise ValueError("two steps have the same step_name")
@@ -173,12 +194,16 @@ class Plan(Strict):
 
     def content(self) -> dict[str, Any]:
         """Return all that decides a run's numbers, as JSON. Data sets are named by content."""
-        content = self.model_dump(mode="json", exclude={"description"})
+        # Contexts change no run; each of theirs has its own recipe.
+        content = self.model_dump(mode="json", exclude={"description", "contexts"})
         for name, source in self.datasets.items():
             content["datasets"][name] = source.identity()
         content["tokenizer"] = self.tokenizer.identity()
         if content["model"]["init"] is None:  # as in plans of before there was the key
             del content["model"]["init"]
+        for stage in content["steps"]:
+            if stage["fp32_tokens"] is None:
+                del stage["fp32_tokens"]
         return content
 
     @property
@@ -216,6 +241,7 @@ class Plan(Strict):
         shares = [
             {
                 "epochs": None,
+                "fp32_tokens": None,
                 "tokens": tokens and tokens // n + (i < tokens % n),
                 "steps": steps and steps // n + (i < steps % n),
                 "minutes": minutes and minutes / n,
@@ -224,6 +250,26 @@ class Plan(Strict):
         ]
         changed = [
             stage.model_copy(update=share) for stage, share in zip(self.steps, shares, strict=True)
+        ]
+        return self.model_copy(update={"steps": changed})
+
+    def for_precision(self, device: str, precision: str) -> Plan:
+        """Return the plan with the budgets that a machine has: `fp32_tokens` become `tokens` where
+        a CPU trains in float32, and are dropped elsewhere.
+
+        Args:
+            device: cpu, cuda or mps.
+            precision: fp32, bf16 or fp16.
+        """
+        is_slow = device == "cpu" and precision == "fp32"
+        changed = [
+            stage.model_copy(
+                update={
+                    "tokens": (stage.fp32_tokens if is_slow else None) or stage.tokens,
+                    "fp32_tokens": None,
+                }
+            )
+            for stage in self.steps
         ]
         return self.model_copy(update={"steps": changed})
 

@@ -122,6 +122,21 @@ def _changed(plan: Plan, part: str, values: dict[str, Any], where: str) -> Any:
         raise LmplayError(f"{where} {shown}{given}: {message}") from e
 
 
+def in_context(plan: Plan, name: str) -> Plan:
+    """Return the plan with the recipe of one of its contexts.
+
+    Raises:
+        LmplayError: the plan has no such context, or one of its settings does not fit.
+    """
+    if name not in plan.contexts:
+        known = ", ".join(plan.contexts) or "none"
+        hint = did_you_mean(name, plan.contexts)
+        raise LmplayError(
+            f"--context {name}: the plan has none of this name{hint} (it has: {known})"
+        )
+    return apply(plan, plan.contexts[name], f"context {name}:")
+
+
 def arena_fingerprint(plan: Plan) -> str:
     """Return 16 hex digits that change with everything that makes runs incomparable."""
     content = plan.content()

@@ -62,6 +62,22 @@ def parser() -> argparse.ArgumentParser:
         default="tuned",
         help="choose each arm's learning rate first, or use the plan's (tuned)",
     )
+    panel = p.add_mutually_exclusive_group()
+    panel.add_argument(
+        "--panel",
+        action="store_true",
+        help="judge in every context of the plan (the default where it has some)",
+    )
+    panel.add_argument(
+        "--no-panel", action="store_true", help="judge with the plan's own recipe only"
+    )
+    panel.add_argument(
+        "--context",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="judge in this context of the plan; repeatable",
+    )
     p.add_argument(
         "--controls", default="", metavar="LIST", help="of params,flops,seconds: matched baselines"
     )
@@ -98,6 +114,16 @@ def parser() -> argparse.ArgumentParser:
     _args.add_amp(p)
     _args.add_out(p, "where runs and trials are kept")
     return p
+
+
+def contexts(args: argparse.Namespace) -> tuple[str, ...] | None:
+    """Return the contexts that the options ask for; None: all that the plan has."""
+    if args.panel:
+        from ..plan import find_plan, load_plan
+
+        if not load_plan(find_plan(args.training_plan)).contexts:
+            raise LmplayError(f"--panel: the plan {args.training_plan} has no contexts")
+    return () if args.no_panel else tuple(args.context) or None
 
 
 def sizes(text: str) -> tuple[float, ...]:
@@ -142,6 +168,7 @@ def command(args: argparse.Namespace) -> int:
         smallest_effect=args.smallest_effect,
         level=args.level,
         tuned=args.lr == "tuned",
+        contexts=contexts(args),
         controls=tuple(c for c in args.controls.split(",") if c),
         sizes=args.sizes,
         mini_batch_size=args.mini_batch_size,
@@ -185,11 +212,17 @@ def show_status(part: Part, console: Console) -> None:
 
 def show_reports(trial: Trial, report: dict[str, Any], console: Console) -> None:
     """Print the verdicts of each size, and how the gain changes with the size."""
-    reports = report["sizes"] if trial.design.sizes else [report]
+    reports = [report]
+    if trial.contexts:
+        reports = list(report["contexts"].values())
+    elif trial.design.sizes:
+        reports = report["sizes"]
     for part, part_report in zip(trial.parts, reports, strict=True):
         show(part_report, console)
         path = part.folder / "trial.json"
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    for arm, found in report.get("panel", {}).items():
+        console.print(f"{arm}: {found['sentence']}", highlight=False, soft_wrap=True)
     for arm, fit in report.get("fits", {}).items():
         console.print(f"{arm} over sizes: {fit['sentence']}", highlight=False, soft_wrap=True)
 
@@ -215,13 +248,15 @@ def show(report: dict[str, Any], console: Console) -> None:
 def sentences(report: dict[str, Any]) -> list[str]:
     """Return a report's verdicts as sentences."""
     against = report["design"]["against"]
+    context = report["design"]["context"]
     lines = []
     for arm, v in report["arms"].items():
         note = "" if v["tuned"] else " (untuned: every arm at the plan's learning rate)"
         if v["word"] == REAL and not v["controls"]:
             note += " (no controls: --controls params,flops,seconds)"
         more = "" if v["more"] is None else "; " + further(v["more"])
-        lines.append(f"{arm} against {against}: {v['word']}{note}: {v['why']}{more}")
+        where = f", context {context}" if context else ""
+        lines.append(f"{arm} against {against}{where}: {v['word']}{note}: {v['why']}{more}")
         if v["gain"] is None:
             continue
         interval = f"{_end(v['low'])} to {_end(v['high'])}"

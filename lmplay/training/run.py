@@ -131,6 +131,14 @@ def make_job(
         reporter.note(f"training plan: {name} (--training-plan list shows the others)")
     path = find_plan(name)
     plan = load_plan(path).with_budget(options.tokens, options.steps, options.minutes)
+    wanted = plan
+    plan = plan.for_precision(torch_device.type, precision.name)
+    for before, after in zip(wanted.steps, plan.steps, strict=True):
+        if after.tokens != before.tokens:
+            reporter.note(
+                f"float32 on a CPU: the plan's budget for it, {after.tokens:,} tokens "
+                f"(with bf16, which --amp uses: {before.tokens:,})"
+            )
     job = Job(experiment, {}, path.stem, plan, torch_device, precision, reporter, options)
     return job.with_arm(experiment, overrides)
 

@@ -24,6 +24,8 @@ class Design:
     smallest_effect: nats per token; smaller effects are WITHIN NOISE.
     level: how often a REAL or HARMFUL may be wrong.
     tuned: choose each arm's learning rate first.
+    contexts: names of the plan's contexts in which the question is asked; None: all that the plan
+        has; empty: the plan's own recipe only.
     controls: baselines of equal "params", "flops" or "seconds" that a REAL must beat as well.
     sizes: widths of the model, as multiples of the plan's; empty: the plan's only.
     mini_batch_size: sequences in a forward pass.
@@ -37,6 +39,7 @@ class Design:
     smallest_effect: float = 0.005
     level: float = LEVEL
     tuned: bool = True
+    contexts: tuple[str, ...] | None = None
     controls: tuple[str, ...] = ()
     sizes: tuple[float, ...] = ()
     mini_batch_size: int = 4
@@ -48,9 +51,11 @@ class Design:
 class FixedDesign:
     """What is written down before the first run and must not change.
 
-    The end point of a run is the mean loss of its last `last` validations.
+    The end point of a run is the mean loss of its last `last` validations: of one where the
+    learning rate has come down, of three where it has not and the loss still jumps.
 
     against, arms: variants, followed by their settings, as in "NAME-optimizer.name=muon".
+    context: name of the plan's context, "" for the plan's own recipe.
     data: fingerprint of the tokens. sources: digest of each arm's file.
     """
 
@@ -69,6 +74,7 @@ class FixedDesign:
     data: str
     sources: dict[str, str]
     last: int = 3
+    context: str = ""
 
     @property
     def looks(self) -> list[int]:

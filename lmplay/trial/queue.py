@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,9 @@ class Queue:
         known = self.study.user_attrs.get("design")
         if known is not None and not isinstance(known, dict):
             raise LmplayError(f"trial {name}: its storage is damaged: the design is no object")
+        if known is not None:  # a design of before a field was added has its default
+            defaults = {f.name: f.default for f in fields(design) if f.default is not MISSING}
+            known = {**{k: v for k, v in defaults.items() if k in content}, **known}
         if known is None:
             self.study.set_user_attr("design", content)
         elif known != content:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .. import recipe
 from ..analysis.compare import TRIALS
 from ..data.prepare import prepare
 from ..devices import pick_device, pick_precision, tune_memory
@@ -36,16 +37,17 @@ from ..training.run import Job, PreparedRun, RunOptions, matched, sized_config
 from ..training.run_folder import make_out
 from .design import CONTROLS, Design, FixedDesign, Result, Unit
 from .queue import DEAD, Queue, open_storage
-from .state import TrialState, over_sizes
+from .state import TrialState, over_contexts, over_sizes
 from .statistics import MOST_PAIRS, fewest
 
 WAIT = 1.0  # seconds between two polls of a queue in which nothing waits
-VALIDATIONS = 20  # of a run, at least
+VALIDATIONS = 20  # at least, of a run whose end point is the mean of the last ones
+LOW = 0.1  # share of the learning rate at which the loss no longer jumps
 
 
 @dataclass(frozen=True)
 class Part:
-    """A trial at one size of the model. jobs: by variant, the baseline's too."""
+    """A trial at one size of the model and in one context. jobs: by arm, the baseline's too."""
 
     queue: Queue
     design: FixedDesign
@@ -103,16 +105,31 @@ class Trial:
         torch.set_num_threads(self.threads)
         if create:
             make_out(self.out)
-        self.parts = [self._part(size, create) for size in design.sizes or (1.0,)]
+        self.contexts = contexts_of(design)
+        self.parts = []
+        for context in self.contexts or ("",):
+            for size in design.sizes or (1.0,):
+                part = self._part(size, context, create)
+                if part is None:
+                    log(f"context {context}: every arm is the baseline; it is left out")
+                else:
+                    self.parts.append(part)
+        if not self.parts:
+            raise LmplayError("in every context the arms are the baseline: nothing can be judged")
         widths = [next(iter(part.jobs.values())).plan.model.embed_dim for part in self.parts]
         if len(set(widths)) < len(widths):
             sizes = ",".join(f"{s:g}" for s in design.sizes)
             raise LmplayError(f"--sizes {sizes}: two of them have the same width: {widths}")
 
-    def _part(self, size: float, create: bool) -> Part:
-        jobs, fixed = resolve(self.design, size, self.out, self.command, self.memory)
+    def _part(self, size: float, context: str, create: bool) -> Part | None:
+        """Return the trial of one size and context; None if every arm is the baseline there."""
+        found = resolve(self.design, size, context, self.out, self.command, self.memory)
+        if found is None:
+            return None
+        jobs, fixed = found
         name = self._name_of(fixed)
         name += f"-x{size:g}" if self.design.sizes else ""
+        name += f"-in-{context}" if context else ""
         folder = self.out / "trials" / name
         journal = folder / "journal.log"
         if not create and not self.storage and not journal.exists():
@@ -127,7 +144,8 @@ class Trial:
         """Run what the verdict needs, with all workers, and return the report.
 
         With several sizes the report holds `sizes` (a report each) and `fits` (for each idea, its
-        gain in nats against the number of parameters).
+        gain in nats against the number of parameters). With contexts it holds `contexts` (a report
+        each, by name) and `panel` (for each idea, where it holds).
 
         Raises:
             Stopped: a signal asked for it; the same call continues.
@@ -180,6 +198,15 @@ class Trial:
         for part in self.parts:
             reports.append(part.state().report())
             write_json(part.folder / "trial.json", reports[-1], sealed=True)
+        if self.contexts:
+            by_name = {
+                part.design.context: report
+                for part, report in zip(self.parts, reports, strict=True)
+            }
+            panel = over_contexts(by_name)
+            folder = self.out / "trials" / self._name_of(self.parts[0].design)
+            write_json(folder / "panel.json", {"panel": panel}, sealed=True)
+            return {"contexts": by_name, "panel": panel}
         if not self.design.sizes:
             return reports[0]
         fits = over_sizes(reports)
@@ -241,13 +268,38 @@ class Arm:
         return cls(load(*find(words[0])), dict(sorted(settings.items())))
 
 
+def contexts_of(design: Design) -> tuple[str, ...]:
+    """Return the contexts in which a design asks its question; () for the plan's own recipe.
+
+    Raises:
+        LmplayError: the plan has no such context, or a setting in one does not fit.
+    """
+    plan = load_plan(find_plan(design.training_plan))
+    asked = design.contexts
+    if asked is None:  # sizes are a question of their own
+        asked = () if design.sizes else tuple(plan.contexts)
+    for name in asked:
+        recipe.in_context(plan, name)
+    if asked and design.sizes:
+        raise LmplayError("--sizes does not go with --panel or --context")
+    return asked
+
+
 def resolve(
-    design: Design, size: float, out: Path, command: tuple[str, ...], memory: str
-) -> tuple[dict[str, Job], FixedDesign]:
+    design: Design,
+    size: float,
+    context: str,
+    out: Path,
+    command: tuple[str, ...],
+    memory: str,
+) -> tuple[dict[str, Job], FixedDesign] | None:
     """Return the job of each arm and the baseline, and the design that the trial fixes.
+
+    An arm that does not differ from the baseline in this context is left out; None if none is left.
 
     Args:
         size: multiple of the plan's width.
+        context: name of the plan's context; "" for the plan's own recipe.
 
     Raises:
         LmplayError: a name is unknown, an idea is its own baseline, or the plan has several stages
@@ -257,6 +309,9 @@ def resolve(
     precision = pick_precision(device, design.amp)
     path = find_plan(design.training_plan)
     plan = load_plan(path).with_budget(design.tokens, None, None)
+    plan = plan.for_precision(device.type, precision.name)
+    if context:
+        plan = recipe.in_context(plan, context)
     stage = plan.steps[0]
     if len(plan.steps) > 1 or stage.minutes or not (stage.tokens or stage.steps):
         raise LmplayError(
@@ -289,7 +344,10 @@ def resolve(
     tokens = stage.tokens or (stage.steps or 0) * per_step
     if any("batch.batch_size" in arm.settings | arm.experiment.recipe for arm in ideas):
         plan = plan.with_budget(tokens, None, None)  # as many steps would be other tokens
-    plan = with_validations(plan, tokens)
+    schedule = plan.schedule_of(stage)
+    comes_down = schedule.name in ("cosine", "wsd", "one_cycle") and schedule.floor <= LOW
+    if not comes_down:
+        plan = with_validations(plan, tokens)
     options = RunOptions(
         out=out,
         mini_batch_size=design.mini_batch_size,
@@ -298,16 +356,21 @@ def resolve(
         divide_cores=False,  # as many threads for all runs, so that rounding and time compare
     )
     reporter = Reporter(brief=True)
-    arms = (against, *ideas)
     shared = Job(against.experiment, {}, path.stem, plan, device, precision, reporter, options)
-    jobs = {arm.label: shared.with_arm(arm.experiment, arm.settings) for arm in arms}
+    baseline = shared.with_arm(against.experiment, against.settings)
+    jobs = {arm.label: shared.with_arm(arm.experiment, arm.settings) for arm in ideas}
+    ideas = [arm for arm in ideas if not _is_same(jobs[arm.label], baseline)]
+    if not ideas:
+        return None
+    arms = (against, *ideas)
+    jobs = {against.label: baseline} | {arm.label: jobs[arm.label] for arm in ideas}
     with reporter:
         prepared = prepare(plan, reporter.preparing)
     fixed = FixedDesign(
         plan=path.stem,
         plan_fingerprint=plan.fingerprint,
         against=against.label,
-        arms=tuple(names),
+        arms=tuple(arm.label for arm in ideas),
         level=design.level,
         max_pairs=design.max_pairs,
         smallest_effect=design.smallest_effect,
@@ -318,8 +381,16 @@ def resolve(
         device=device.type,
         data=prepared.fingerprint,
         sources={arm.label: source_digest(arm.experiment.source.path) for arm in arms},
+        last=1 if comes_down else 3,
+        context=context,
     )
     return jobs, fixed
+
+
+def _is_same(one: Job, other: Job) -> bool:
+    """Return whether two jobs train the same model with the same recipe."""
+    own = [(job.experiment.variant, recipe.split(job.overrides)[0]) for job in (one, other)]
+    return own[0] == own[1] and one.plan.fingerprint == other.plan.fingerprint
 
 
 def with_validations(plan: Plan, tokens: int) -> Plan:
@@ -467,7 +538,7 @@ def scaled(plan: Plan, unit: Unit, tokens: int) -> Plan:
     if unit.share != 1:
         budget = round(tokens * unit.share)
         changes |= {"tokens": budget, "steps": None, "epochs": None}
-        every = {"every_tokens": max(1, budget // VALIDATIONS)}
+        every = {"every_tokens": max(1, round(plan.validation.every_tokens * unit.share))}
         plan = plan.model_copy(update={"validation": plan.validation.model_copy(update=every)})
     return plan.model_copy(
         update={

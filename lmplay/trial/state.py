@@ -386,6 +386,24 @@ def over_sizes(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
     return fits
 
 
+def over_contexts(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return, by arm, its verdict in each context, and whether it is ROBUST: REAL in all of them,
+    HARMFUL in all or WITHIN NOISE in all."""
+    arms = dict.fromkeys(arm for report in reports.values() for arm in report["arms"])
+    panel: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        words = {name: r["arms"][arm]["word"] for name, r in reports.items() if arm in r["arms"]}
+        robust = (
+            len(words) > 1 and len(set(words.values())) == 1 and UNDECIDED not in words.values()
+        )
+        if robust:
+            sentence = f"ROBUST: {next(iter(words.values()))} in {' and '.join(words)}"
+        else:
+            sentence = ", ".join(f"{word} in {name}" for name, word in words.items())
+        panel[arm] = {"words": words, "robust": robust, "sentence": sentence}
+    return panel
+
+
 def _short_folder(result: Result) -> str:
     """Return a run's folder relative to --out."""
     return "/".join(result.folder.replace("\\", "/").split("/")[-2:])
