@@ -14,6 +14,7 @@ COMMANDS = {
     "lmp_cleanmodel": "cleanmodel",
     "lmp_market": "market",
     "lmp_trial": "trial",
+    "lmp_arena": "arena",
     "lmp_new": "new",
 }
 scripts = [
@@ -72,7 +73,7 @@ setup(
         "lmplay": ["py.typed"],
         "lmplay.analysis.page": ["page.html", "page.css", "page.js"],
         "lmplay.shipped.experiments": ["*.py"],
-        "lmplay.shipped.training_plans": ["*.json"],
+        "lmplay.shipped.training_plans": ["*.json", "certificates/*.json"],
     },
     install_requires=[
         # 2.10 fixes a memory corruption in the safe unpickler (CVE-2026-24747).

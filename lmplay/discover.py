@@ -47,6 +47,8 @@ class ExperimentFile:
     baseline: str = ""
     config_fields: tuple[str, ...] = ()
     broken: str = ""
+    harmful: tuple[str, ...] = ()  # KNOWN_HARMFUL: variants that must be worse than the baseline
+    equal: tuple[str, ...] = ()  # KNOWN_EQUAL: variants that must not differ from it
 
     @property
     def idea(self) -> str:
@@ -147,6 +149,17 @@ def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> E
         )
     if broken := _malformed(variants, baseline):
         return ExperimentFile(path, origin, doc, broken=broken)
+    known = {name: names.get(name) for name in ("KNOWN_HARMFUL", "KNOWN_EQUAL")}
+    answers: dict[str, tuple[str, ...]] = {}
+    for name, node in known.items():
+        try:
+            answers[name] = tuple(ast.literal_eval(node)) if node is not None else ()
+        except (ValueError, TypeError, RecursionError, MemoryError):
+            answers[name] = (name,)
+        for variant in answers[name]:
+            if variant not in variants:
+                broken = f"{name} must list names in VARIANTS, written out"
+                return ExperimentFile(path, origin, doc, broken=broken)
     config = names["Config"]
     body = config.body if isinstance(config, ast.ClassDef) else []
     fields = tuple(
@@ -166,7 +179,9 @@ def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> E
                 broken = (
                     broken or f"variant {variant}: Config has no {key}{did_you_mean(key, fields)}"
                 )
-    return ExperimentFile(path, origin, doc, variants, str(baseline), fields, broken)
+    return ExperimentFile(
+        path, origin, doc, variants, str(baseline), fields, broken, *answers.values()
+    )
 
 
 def source_digest(path: Path) -> str:

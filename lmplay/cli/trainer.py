@@ -199,7 +199,7 @@ def list_experiments(sources: list[ExperimentFile], console: Console) -> None:
 
 
 def list_plans(console: Console) -> None:
-    """Print one row per training plan."""
+    """Print one row per training plan, and below it what its certificates say."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -209,9 +209,27 @@ def list_plans(console: Console) -> None:
     for name, path in plan_files().items():
         try:
             table.add_row(f"[bold]{escape(name)}[/bold]", escape(load_plan(path).description))
+            for line in certificate_lines(path):
+                table.add_row("", f"[dim]{escape(line)}[/dim]")
         except LmplayError as e:
             table.add_row(escape(name), f"[red]broken:[/red] {escape(str(e))}")
     console.print(table, highlight=False)
+
+
+def certificate_lines(path: Path) -> list[str]:
+    """Return what a plan's certificates say, a line for each precision; [] if it has none."""
+    from ..plan import load_plan
+    from ..trial.certificate import read_certificates, valid
+
+    plan = load_plan(path)
+    lines = []
+    for precision, found in read_certificates(path).items():
+        device = found.device
+        current, sentence = valid(path, plan.for_precision(device, precision), precision, device)
+        if current is not None and current.minutes_per_run is not None:
+            sentence += f"; {current.minutes_per_run:.1f} minutes a run ({current.machine})"
+        lines.append(sentence)
+    return lines
 
 
 def print_diff(exp: str, console: Console) -> None:
@@ -231,9 +249,10 @@ def print_diff(exp: str, console: Console) -> None:
 def train(args: argparse.Namespace, memory: str, console: Console) -> int:
     """Train, or do what the mode asks for."""
     from .. import python
+    from ..plan import find_plan
     from ..training.loop import Stopped
     from ..training.progress import Reporter
-    from ..training.run import RunOptions, make_job, prepare_run
+    from ..training.run import DEFAULT_PLAN, RunOptions, make_job, prepare_run
 
     reporter = Reporter(console)
     names = {f.name for f in fields(RunOptions)} & set(vars(args))
@@ -269,7 +288,7 @@ def train(args: argparse.Namespace, memory: str, console: Console) -> int:
         reporter,
     )
     if args.describe:
-        describe(job, console)
+        describe(job, find_plan(args.training_plan or DEFAULT_PLAN), console)
         return 0
     run = prepare_run(job)
     if args.check_grads:
@@ -286,7 +305,7 @@ def print_summary(summary: dict[str, object]) -> None:
         print(f"{key}: {value:.6f}" if is_loss else f"{key}: {value}")
 
 
-def describe(job: Job, console: Console) -> None:
+def describe(job: Job, plan: Path, console: Console) -> None:
     """Print docstring, config, sizes and FLOPs. It needs no data, which may be out of reach."""
     import dataclasses
     from fnmatch import fnmatch
@@ -305,7 +324,10 @@ def describe(job: Job, console: Console) -> None:
     runner = experiment.runner(config)
     console.print(experiment.source.doc.strip(), markup=False, highlight=False, soft_wrap=True)
     print(f"\nfile: {experiment.source.path}\nvariant: {experiment.variant}")
-    print(f"variants: {', '.join(experiment.source.variants)}\n\nconfig:")
+    print(f"variants: {', '.join(experiment.source.variants)}")
+    known = certificate_lines(plan) or ["uncertified arena"]
+    print("\n".join(f"plan {job.plan_name}: {line}" for line in known))
+    print("\nconfig:")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         note = "" if value == field.default else f"   (default {field.default})"

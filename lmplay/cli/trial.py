@@ -281,6 +281,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
             lines.append(
                 f"  against the baseline of equal {control}: {-mean:+.4f} ({len(values)} seeds)"
             )
+        lines.append(f"  {report['certificate']['sentence']}")
     return lines
 
 

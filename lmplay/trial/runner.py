@@ -14,10 +14,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -35,6 +35,7 @@ from ..training.loop import Stopped
 from ..training.progress import Reporter
 from ..training.run import Job, PreparedRun, RunOptions, matched, sized_config
 from ..training.run_folder import make_out
+from .certificate import valid
 from .design import CONTROLS, Design, FixedDesign, Result, Unit
 from .queue import DEAD, Queue, open_storage
 from .state import TrialState, over_contexts, over_sizes
@@ -45,17 +46,28 @@ VALIDATIONS = 20  # at least, of a run whose end point is the mean of the last o
 LOW = 0.1  # share of the learning rate at which the loss no longer jumps
 
 
+class State(Protocol):
+    """What the runs so far say, and which come next."""
+
+    def needed(self) -> list[Unit]: ...
+    def report(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Part:
-    """A trial at one size of the model and in one context. jobs: by arm, the baseline's too."""
+    """A trial at one size of the model and in one context.
+
+    jobs: by arm, the baseline's too. certificate: what is known about the arena.
+    """
 
     queue: Queue
     design: FixedDesign
     jobs: dict[str, Job]
     folder: Path
+    certificate: Mapping[str, Any] = field(default_factory=dict)
 
-    def state(self) -> TrialState:
-        return TrialState(self.design, self.queue.results())
+    def state(self) -> State:
+        return TrialState(self.design, self.queue.results(), self.certificate)
 
 
 class Trial:
@@ -135,7 +147,7 @@ class Trial:
         if not create and not self.storage and not journal.exists():
             raise LmplayError(f"there is no trial {name} in {self.out}; --name chooses another")
         queue = Queue(open_storage(self.storage or str(journal)), name, fixed, create=create)
-        return Part(queue, fixed, jobs, folder)
+        return Part(queue, fixed, jobs, folder, quoted(self.design, fixed))
 
     def _name_of(self, fixed: FixedDesign) -> str:
         return self.name or "-".join([fixed.plan, *fixed.arms, "against", fixed.against])
@@ -160,26 +172,10 @@ class Trial:
                 f"with --max-seeds {self.design.max_pairs} the verdict cannot be REAL or HARMFUL: "
                 f"that needs at least {least} pairs"
             )
-        with Share(self.threads):  # so that runs outside the trial make room
-            return self._run()
-
-    def _run(self) -> dict[str, Any]:
-        others = [self._start_worker() for _ in range(1, self.workers)]
-        finished = False
-        try:
-            for part in self.parts:
-                work(part, self.log)
-            finished = True
-        finally:
-            for worker in others:
-                if not finished:
-                    worker.terminate()
-                if worker.wait() and finished:
-                    self.log(f"a worker ended with status {worker.returncode}")
+        share_out(self.parts, self.workers, self._start_worker, self.threads, self.log)
         return self._report()
 
     def _start_worker(self) -> subprocess.Popen[bytes]:
-        """Start one more worker process, which starts no others and prints nothing."""
         arguments = {
             "design": asdict(self.design),
             "out": str(self.out),
@@ -188,9 +184,7 @@ class Trial:
             "threads": self.threads,
             "command": self.command,
         }
-        command = [sys.executable, "-m", "lmplay.trial.runner", json.dumps(arguments)]
-        env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
+        return start_worker(__name__, arguments, self.threads)
 
     def _report(self) -> dict[str, Any]:
         """Write the reports and return them."""
@@ -285,6 +279,15 @@ def contexts_of(design: Design) -> tuple[str, ...]:
     return asked
 
 
+def quoted(design: Design, fixed: FixedDesign) -> dict[str, Any]:
+    """Return what the plan's certificate says, for a report."""
+    path = find_plan(design.training_plan)
+    plan = load_plan(path).with_budget(design.tokens, None, None)
+    plan = plan.for_precision(fixed.device, fixed.precision)
+    found, sentence = valid(path, plan, fixed.precision, fixed.device)
+    return {"sentence": sentence, "smallest_gain": found.smallest_gain if found else None}
+
+
 def resolve(
     design: Design,
     size: float,
@@ -344,19 +347,8 @@ def resolve(
     tokens = stage.tokens or (stage.steps or 0) * per_step
     if any("batch.batch_size" in arm.settings | arm.experiment.recipe for arm in ideas):
         plan = plan.with_budget(tokens, None, None)  # as many steps would be other tokens
-    schedule = plan.schedule_of(stage)
-    comes_down = schedule.name in ("cosine", "wsd", "one_cycle") and schedule.floor <= LOW
-    if not comes_down:
-        plan = with_validations(plan, tokens)
-    options = RunOptions(
-        out=out,
-        mini_batch_size=design.mini_batch_size,
-        command=command,
-        memory=memory,
-        divide_cores=False,  # as many threads for all runs, so that rounding and time compare
-    )
-    reporter = Reporter(brief=True)
-    shared = Job(against.experiment, {}, path.stem, plan, device, precision, reporter, options)
+    plan, last = with_end_point(plan, tokens)
+    shared = job_for(design, against.experiment, path.stem, plan, out, command, memory)
     baseline = shared.with_arm(against.experiment, against.settings)
     jobs = {arm.label: shared.with_arm(arm.experiment, arm.settings) for arm in ideas}
     ideas = [arm for arm in ideas if not _is_same(jobs[arm.label], baseline)]
@@ -364,8 +356,8 @@ def resolve(
         return None
     arms = (against, *ideas)
     jobs = {against.label: baseline} | {arm.label: jobs[arm.label] for arm in ideas}
-    with reporter:
-        prepared = prepare(plan, reporter.preparing)
+    with shared.reporter:
+        prepared = prepare(plan, shared.reporter.preparing)
     fixed = FixedDesign(
         plan=path.stem,
         plan_fingerprint=plan.fingerprint,
@@ -381,10 +373,33 @@ def resolve(
         device=device.type,
         data=prepared.fingerprint,
         sources={arm.label: source_digest(arm.experiment.source.path) for arm in arms},
-        last=1 if comes_down else 3,
+        last=last,
         context=context,
     )
     return jobs, fixed
+
+
+def job_for(
+    design: Design,
+    experiment: Experiment,
+    plan_name: str,
+    plan: Plan,
+    out: Path,
+    command: tuple[str, ...],
+    memory: str,
+) -> Job:
+    """Return the job of an experiment with the device and the options of a design."""
+    device = pick_device(design.device)
+    options = RunOptions(
+        out=out,
+        mini_batch_size=design.mini_batch_size,
+        command=command,
+        memory=memory,
+        divide_cores=False,  # as many threads for all runs, so that rounding and time compare
+    )
+    reporter = Reporter(brief=True)
+    precision = pick_precision(device, design.amp)
+    return Job(experiment, {}, plan_name, plan, device, precision, reporter, options)
 
 
 def _is_same(one: Job, other: Job) -> bool:
@@ -393,14 +408,19 @@ def _is_same(one: Job, other: Job) -> bool:
     return own[0] == own[1] and one.plan.fingerprint == other.plan.fingerprint
 
 
-def with_validations(plan: Plan, tokens: int) -> Plan:
-    """Return the plan with at least 20 validations in `tokens`.
+def with_end_point(plan: Plan, tokens: int) -> tuple[Plan, int]:
+    """Return the plan, and of how many last validations the end point is the mean.
 
-    The end point, a mean over the last three, then covers only the end of the schedule.
+    Where the learning rate comes down, the last validation says it all. Where it does not, the loss
+    still jumps: the end point is a mean over three, of at least 20 in `tokens`, so that they are
+    near the end.
     """
+    schedule = plan.schedule_of(plan.steps[0])
+    if schedule.name in ("cosine", "wsd", "one_cycle") and schedule.floor <= LOW:
+        return plan, 1
     every = min(plan.validation.every_tokens, max(1, tokens // VALIDATIONS))
     validation = plan.validation.model_copy(update={"every_tokens": every})
-    return plan.model_copy(update={"validation": validation})
+    return plan.model_copy(update={"validation": validation}), 3
 
 
 def resized(plan: Plan, size: float, path: Path) -> Plan:
@@ -421,6 +441,36 @@ def resized(plan: Plan, size: float, path: Path) -> Plan:
         )
     model = plan.model.model_copy(update={"embed_dim": width})
     return plan.model_copy(update={"model": model})
+
+
+def share_out(
+    parts: Sequence[Part],
+    workers: int,
+    start: Callable[[], subprocess.Popen[bytes]],
+    threads: int,
+    log: Callable[[str], None],
+) -> None:
+    """Run all units of the parts, in this process and in `workers` - 1 that `start` starts."""
+    with Share(threads):  # so that runs outside the trial make room
+        others = [start() for _ in range(1, workers)]
+        finished = False
+        try:
+            for part in parts:
+                work(part, log)
+            finished = True
+        finally:
+            for worker in others:
+                if not finished:
+                    worker.terminate()
+                if worker.wait() and finished:
+                    log(f"a worker ended with status {worker.returncode}")
+
+
+def start_worker(module: str, arguments: Any, threads: int) -> subprocess.Popen[bytes]:
+    """Start one more worker process, which starts no others and prints nothing."""
+    command = [sys.executable, "-m", module, json.dumps(arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
 
 
 def work(part: Part, log: Callable[[str], None]) -> None:
@@ -555,8 +605,13 @@ def main() -> int:
     fields = arguments.pop("design")
     lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
     arguments["command"] = tuple(arguments["command"])
+    return as_worker(lambda: Trial(Design(**{**fields, **lists}), **arguments).run())
+
+
+def as_worker(run: Callable[[], object]) -> int:
+    """Run a worker's part of the work; return the exit status."""
     try:
-        Trial(Design(**{**fields, **lists}), **arguments).run()
+        run()
     except Stopped as e:
         return e.status
     except KeyboardInterrupt:

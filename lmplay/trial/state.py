@@ -60,11 +60,17 @@ def tuning(arm: str, results: Results) -> float | list[Unit]:
 
 
 class TrialState:
-    """The fixed design and the results so far."""
+    """The fixed design and the results so far.
 
-    def __init__(self, design: FixedDesign, results: Results):
+    certificate: what is known about the arena, for the report.
+    """
+
+    def __init__(
+        self, design: FixedDesign, results: Results, certificate: Mapping[str, Any] | None = None
+    ):
         self.design = design
         self.results = results
+        self.certificate = certificate or {}
 
     @cached_property
     def lr_multipliers(self) -> dict[str, float]:
@@ -271,6 +277,7 @@ class TrialState:
             "sensitivity": self.sensitivity(),
             "cost": {"runs": len(self.results), "hours": hours},
             "over": not self.needed(),
+            "certificate": dict(self.certificate),
         }
 
     def _report_arm(self, arm: str, verdict: Verdict) -> dict[str, Any]:
