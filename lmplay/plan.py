@@ -96,6 +96,9 @@ class Validation(Strict):
     fraction: float = Field(0.01, gt=0, lt=1, description="share of documents, chosen by content")
     tokens: int = Field(262_144, gt=0, description="size of the validation set over all data sets")
     every_tokens: int = Field(2_000_000, gt=0)
+    solved: float | None = Field(
+        None, gt=0, le=1, description="accuracy from which a synthetic task counts as solved"
+    )
     sample_prompt: str = Field("The ", description="the text that the sample at validation begins")
 
 
@@ -201,6 +204,8 @@ class Plan(Strict):
         content["tokenizer"] = self.tokenizer.identity()
         if content["model"]["init"] is None:  # as in plans of before there was the key
             del content["model"]["init"]
+        if content["validation"]["solved"] is None:
+            del content["validation"]["solved"]
         for stage in content["steps"]:
             if stage["fp32_tokens"] is None:
                 del stage["fp32_tokens"]

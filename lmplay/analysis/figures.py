@@ -155,12 +155,12 @@ def draw(path: Path, comparison: Comparison, metric: str, style: Style, diff: bo
     null = _null(comparison, metric, style) if diff else None
     content = Content(comparison, metric, style, diff, groups, null)
     dots = style.form == "dots" or (style.form == "auto" and len(groups) > MAX_CURVES)
-    with plt.rc_context(_settings(THEMES[style.theme])):
+    with plt.rc_context(settings(THEMES[style.theme])):
         figure = _draw_dots(content) if dots else _draw_curves(content)
         # matplotlib's own wrapping reads $ as math whatever its settings say.
         lines = "\n".join(textwrap.wrap(title(content), TITLE_WIDTH))
         figure.suptitle(lines, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
-        _save(figure, path)
+        save(figure, path)
     return True
 
 
@@ -362,7 +362,7 @@ def looks_of(groups: Sequence[Group], baseline: RunCurve | None) -> dict[str, tu
     return looks
 
 
-def _settings(theme: dict[str, str]) -> dict[Any, Any]:
+def settings(theme: dict[str, str]) -> dict[Any, Any]:
     """Return matplotlib's settings for a theme."""
     return {
         "axes.facecolor": theme["ground"],
@@ -381,7 +381,7 @@ def _settings(theme: dict[str, str]) -> dict[Any, Any]:
     }
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     """Write a figure and free its memory."""
     from matplotlib import pyplot as plt
 
@@ -403,7 +403,7 @@ def draw_range(path: Path, found: Range, name: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with plt.rc_context(_settings(THEMES["light"])):
+    with plt.rc_context(settings(THEMES["light"])):
         figure, ax = plt.subplots(figsize=(8, 4.8), dpi=120, layout="constrained")
         ax.plot(found.rates, found.losses, color=GREY, lw=0.8, alpha=0.7, label="each step")
         ax.plot(found.rates, found.smoothed, color=COLORS[0], lw=2, label="smoothed")
@@ -425,7 +425,7 @@ def draw_range(path: Path, found: Range, name: str) -> None:
         ax.set_title(f"Which learning rate for {name}? {answer}", loc="left", fontsize=11)
         ax.grid(True, lw=0.5)
         ax.legend(frameon=False)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _groups(comparison: Comparison, metric: str, style: Style, diff: bool) -> list[Group]:

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
+    from ..analysis.answer import Row
     from ..analysis.compare import Comparison, RunCurve
     from ..analysis.figures import Style
+    from ..analysis.page.gather import TrialReport
+    from ..trial.certificate import Certificate
 
-EPILOG = """Figures go to --out: log_loss, log_accuracy, log_bpb, log_diff_* for the differences to
+EPILOG = """Figures go to --out: answer (a row per idea: its gain, its verdict if a trial judged it,
+and what the arena can resolve), log_loss, log_accuracy, log_bpb, log_diff_* for the differences to
 the baseline, and one for each curve that an experiment logs itself. The baseline is the one that
 the runs name, or --target. Runs of different plans or data are not comparable and get their own
 folders. --html and --serve make a page instead: curves, verdicts, learning rates, texts."""
@@ -104,6 +108,7 @@ def make_figures(args: argparse.Namespace) -> int:
 
     from ..analysis.compare import any_curve, collect, compare_runs
     from ..analysis.figures import Style
+    from ..analysis.page.gather import TrialReport, find_reports
     from ..files import atomic_write
     from ..training.progress import make_console
 
@@ -118,11 +123,17 @@ def make_figures(args: argparse.Namespace) -> int:
     out = args.out or plots_folder(folders[0])
     read = cache(any_curve)  # two kinds of figures may need one curve
     curves, left_out = collect(folders, kind, args.max_files, read)
-    for line in left_out:
+    trials, damaged = find_reports(folders, "trial.json", TrialReport)
+    for line in (*left_out, *damaged):
         print(line)
-    if not curves:
+    judged = [trial for _, trial in trials if trial.arms]
+    if not curves and not judged:
         raise LmplayError("no runs with curves were found; lmp_trainer makes them")
     comparisons = compare_runs(curves, args.target)
+    for path in draw_answers(comparisons, judged, out, args.out_type, args.theme or "light"):
+        print(path)
+    if not curves:
+        return 0
     if len(comparisons) > 1:
         names = ", ".join(c.plan for c in comparisons)
         print(f"runs of different plans or data cannot be compared: separate figures for {names}")
@@ -152,6 +163,39 @@ def make_figures(args: argparse.Namespace) -> int:
         pd.concat(tables).to_csv(temporary, index=False)
     print(path)
     return 0
+
+
+def draw_answers(
+    comparisons: list[Comparison], trials: list[TrialReport], out: Path, suffix: str, theme: str
+) -> list[Path]:
+    """Draw the answer figure of each plan and baseline that has one: verdicts, and single runs."""
+    from ..analysis.answer import draw_answer, rows_of_runs, rows_of_trials
+    from ..trial.certificate import of_runs
+
+    rows: dict[tuple[str, str], list[Row]] = {}
+    certificates: dict[str, Certificate | None] = {}
+    for trial in trials:
+        key = (trial.design.plan, trial.design.against)
+        rows.setdefault(key, []).extend(rows_of_trials([trial]))
+        if found := of_runs(trial.design.plan, trial.certificate.arena, trial.design.precision):
+            certificates[trial.design.plan] = found
+    for comparison in comparisons:
+        if comparison.baseline is None:
+            continue
+        key = (comparison.plan, comparison.baseline.variant)
+        rows.setdefault(key, []).extend(rows_of_runs(comparison))
+        run = comparison.baseline.run
+        precision = str(run.get("identity", {}).get("precision"))
+        if found := of_runs(comparison.plan, str(run.get("arena")), precision):
+            certificates[comparison.plan] = found
+    written = []
+    known = {key: found for key, found in rows.items() if found}
+    for (plan, baseline), found_rows in known.items():
+        name = "answer" if len(known) == 1 else f"answer-{plan}-{baseline}"
+        path = out / (re.sub(r"[^\w.=+-]", "_", name) + f".{suffix}")
+        draw_answer(path, plan, baseline, found_rows, certificates.get(plan), theme)
+        written.append(path)
+    return written
 
 
 def logged_curves(

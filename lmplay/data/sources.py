@@ -22,6 +22,7 @@ from .. import registry
 from ..errors import LmplayError, did_you_mean, first_line
 from .columns import Columns, documents_of
 from .files import SUFFIXES, read_rows
+from .probes import ProbeSource
 from .source import LocalSource, Source, digest
 from .token_files import Document, Progress, Tokens
 from .tokenizers import Tokenizer
@@ -329,6 +330,7 @@ BUILT_IN: tuple[type[Source], ...] = (
     FilesSource,
     BundledSource,
     PythonSource,
+    ProbeSource,
     BinsSource,
 )
 

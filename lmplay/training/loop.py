@@ -474,10 +474,13 @@ class Trainer:
         last = read_curve(self.validate_curve.path).iloc[-1]
         parameters, training_only = parameter_counts(self.runner, self.model)
         state = self.state
+        bar = self.plan.validation.solved
+        solved = {} if bar is None else {"solved": float(last["accuracy"]) >= bar}
         return {
             "val_bpb": float(last["bpb"]),
             "val_loss": float(last["loss"]),
             "val_accuracy": float(last["accuracy"]),
+            **solved,
             "tokens": state.tokens,
             "steps": state.step,
             "seconds": round(state.seconds, 1),

@@ -64,7 +64,7 @@ class Record(_Part):
     mini_batch_size: int | None = Field(None, gt=0)
     log_id: str | None = None
     cleaned: bool | None = None
-    summary: dict[str, float | None] | None = None
+    summary: dict[str, bool | float | None] | None = None
 
 
 def read_record(path: Path) -> dict[str, Any]:

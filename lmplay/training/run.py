@@ -402,6 +402,12 @@ class PreparedRun:
             folder.update(summary=summary)
             if tables := folder.read().get("tables"):
                 reporter.note(standing(summary["val_loss"], tables["losses"]))
+            if bar := self.job.plan.validation.solved:
+                word = "solved" if summary["solved"] else "not solved"
+                reporter.note(
+                    f"{word}: {summary['val_accuracy']:.1%} of the answers are right ({bar:.0%} "
+                    "counts as solved)"
+                )
             reporter.note(f"finished: {folder.path}")
             return summary
         finally:
@@ -559,9 +565,11 @@ class PreparedRun:
         return {"sizes": asdict(own)}
 
     def _count_tables(self) -> dict[str, Any]:
-        """Return the losses of count tables for run.json; {} for a vocabulary beyond them."""
+        """Return the losses of count tables for run.json; {} for a vocabulary beyond them, and for
+        a synthetic task, whose bar is another."""
         vocab = self.prepared.tokenizer.vocab_size
-        if vocab > LARGEST_VOCABULARY:
+        is_synthetic = self.job.plan.validation.solved is not None
+        if vocab > LARGEST_VOCABULARY or is_synthetic:
             return {}
         job = self.job
         with job.reporter:

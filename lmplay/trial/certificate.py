@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import LmplayError
 from ..files import read_json, write_json
-from ..plan import Plan, load_plan
+from ..plan import Plan, load_plan, plan_files
 
 FOLDER = "certificates"
 LINES = (
@@ -44,12 +44,14 @@ class LineRecord(BaseModel, extra="allow"):
 class Certificate(BaseModel):
     """What was measured in one precision.
 
-    plan: fingerprint of the plan with its contexts. date: ISO. machine: processor and cores.
+    plan: fingerprint of the plan with its contexts. arena: that of what runs must share to be
+    compared. date: ISO. machine: processor and cores.
     minutes_per_run: of training, of one run of the baseline. smallest_gain: nats per token that
     nine pairs detect.
     """
 
     plan: str
+    arena: str
     baseline: str
     baseline_source: str
     date: str
@@ -126,6 +128,21 @@ def write_certificate(plan: Path, certificate: Certificate) -> Path:
     path = certificate_file(plan)
     write_json(path, content)
     return path
+
+
+def of_runs(plan_name: str, arena: str, precision: str) -> Certificate | None:
+    """Return the certificate that holds for runs in an arena; None if there is none.
+
+    Args:
+        plan_name: the name in their run.json, of a plan that may be gone.
+        arena: the fingerprint in their run.json.
+    """
+    path = plan_files().get(plan_name)
+    try:
+        found = read_certificates(path).get(precision) if path else None
+    except LmplayError:  # the figure is drawn without it; lmp_trainer --training-plan list says why
+        return None
+    return found if found is not None and found.arena == arena else None
 
 
 def valid(

@@ -194,6 +194,7 @@ class Measurement:
         sensitivity = lines["sensitivity"].numbers
         return Certificate(
             plan=plan_print(self.plan),
+            arena=recipe.arena_fingerprint(self.plan),
             baseline=self.part.design.against,
             baseline_source=self.part.design.sources[self.part.design.against],
             date=date.today().isoformat(),

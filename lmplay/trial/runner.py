@@ -285,7 +285,11 @@ def quoted(design: Design, fixed: FixedDesign) -> dict[str, Any]:
     plan = load_plan(path).with_budget(design.tokens, None, None)
     plan = plan.for_precision(fixed.device, fixed.precision)
     found, sentence = valid(path, plan, fixed.precision, fixed.device)
-    return {"sentence": sentence, "smallest_gain": found.smallest_gain if found else None}
+    return {
+        "sentence": sentence,
+        "smallest_gain": found.smallest_gain if found else None,
+        "arena": recipe.arena_fingerprint(plan),
+    }
 
 
 def resolve(

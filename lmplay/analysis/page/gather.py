@@ -271,6 +271,7 @@ class TrialDesign(BaseModel):
     tuned: bool
     data: str
     sources: dict[str, str]
+    context: str = ""
 
 
 class Arm(BaseModel):
@@ -300,6 +301,13 @@ class Cost(BaseModel):
     hours: Finite
 
 
+class Quoted(BaseModel):
+    """What a report says of its plan's certificate."""
+
+    sentence: str = ""
+    arena: str = ""
+
+
 class TrialReport(BaseModel):
     """A trial.json."""
 
@@ -310,6 +318,7 @@ class TrialReport(BaseModel):
     sensitivity: dict[str, list[tuple[Finite, Finite, Maybe]]]
     cost: Cost
     over: bool
+    certificate: Quoted = Quoted()
 
 
 class Fit(BaseModel):
