@@ -62,6 +62,29 @@ def parser() -> argparse.ArgumentParser:
         default="tuned",
         help="choose each arm's learning rate first, or use the plan's (tuned)",
     )
+    p.add_argument(
+        "--tune",
+        default="",
+        metavar="LIST",
+        help="settings to choose first instead of the learning rate, such as "
+        "optimizer.lr,optimizer.weight_decay",
+    )
+    p.add_argument(
+        "--tune-tries",
+        type=_args.positive_int,
+        default=10,
+        metavar="N",
+        help="runs of each arm with which they are chosen (10)",
+    )
+    p.add_argument(
+        "--budget",
+        choices=("tokens", "flops", "seconds"),
+        default="tokens",
+        help="what both arms of a pair get alike (tokens)",
+    )
+    p.add_argument(
+        "--screen", action="store_true", help="drop ideas that three pairs show to be no better"
+    )
     panel = p.add_mutually_exclusive_group()
     panel.add_argument(
         "--panel",
@@ -169,6 +192,10 @@ def command(args: argparse.Namespace) -> int:
         level=args.level,
         tuned=args.lr == "tuned",
         contexts=contexts(args),
+        tune=tuple(key for key in args.tune.split(",") if key),
+        tune_tries=args.tune_tries,
+        budget=args.budget,
+        screen=args.screen,
         controls=tuple(c for c in args.controls.split(",") if c),
         sizes=args.sizes,
         mini_batch_size=args.mini_batch_size,

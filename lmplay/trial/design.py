@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .statistics import LEVEL, looks
 
 CONTROLS = ("params", "flops", "seconds")
+BUDGETS = ("tokens", "flops", "seconds")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Design:
     smallest_effect: nats per token; smaller effects are WITHIN NOISE.
     level: how often a REAL or HARMFUL may be wrong.
     tuned: choose each arm's learning rate first.
+    tune: settings of the recipe to choose first instead, such as "optimizer.weight_decay".
+    tune_tries: runs with which they are chosen, for each arm.
+    budget: what the arms of a pair have in common: "tokens", "flops" or "seconds" of training.
+    screen: drop ideas that three pairs show to be no better.
     contexts: names of the plan's contexts in which the question is asked; None: all that the plan
         has; empty: the plan's own recipe only.
     controls: baselines of equal "params", "flops" or "seconds" that a REAL must beat as well.
@@ -39,6 +44,10 @@ class Design:
     smallest_effect: float = 0.005
     level: float = LEVEL
     tuned: bool = True
+    tune: tuple[str, ...] = ()
+    tune_tries: int = 10
+    budget: str = "tokens"
+    screen: bool = False
     contexts: tuple[str, ...] | None = None
     controls: tuple[str, ...] = ()
     sizes: tuple[float, ...] = ()
@@ -56,6 +65,9 @@ class FixedDesign:
 
     against, arms: variants, followed by their settings, as in "NAME-optimizer.name=muon".
     context: name of the plan's context, "" for the plan's own recipe.
+    knobs: by arm and setting that is tuned: the range in which it is tried. whole: those that are
+        whole numbers.
+    noise: the paired standard deviation of the plan's certificate; None if it has none.
     data: fingerprint of the tokens. sources: digest of each arm's file.
     """
 
@@ -75,6 +87,12 @@ class FixedDesign:
     sources: dict[str, str]
     last: int = 3
     context: str = ""
+    budget: str = "tokens"
+    screen: bool = False
+    noise: float | None = None
+    tune_tries: int = 0
+    whole: tuple[str, ...] = ()
+    knobs: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def looks(self) -> list[int]:
@@ -91,9 +109,11 @@ class FixedDesign:
 class Unit:
     """One run of a trial.
 
-    role: "lr" (choosing a learning rate), "pair" or "control".
+    role: "lr" (choosing a learning rate), "knobs" (choosing other settings), "cost" (measuring what
+        a token costs), "pair" or "control".
     lr_multiplier: of the plan's learning rates.
     share: fraction of the trial's token budget.
+    settings: of the recipe, instead of the arm's, as "KEY=VALUE,KEY=VALUE".
     match, of: what a control has in common ("params", "flops" or "seconds") with which idea.
     """
 
@@ -104,12 +124,13 @@ class Unit:
     share: float = 1.0
     match: str = ""
     of: str = ""
+    settings: str = ""
 
     @property
     def key(self) -> str:
         parts = [self.role, self.arm, f"s{self.seed}"]
         parts += [f"lr{self.lr_multiplier:g}", f"x{self.share:.6g}"]
-        return " ".join([*parts, self.match, self.of]).strip()
+        return " ".join([*parts, self.match, self.of, self.settings]).strip()
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Unit:

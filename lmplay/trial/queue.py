@@ -113,7 +113,7 @@ class Queue:
             raise LmplayError(f"trial {name}: its storage is damaged: the design is no object")
         if known is not None:  # a design of before a field was added has its default
             defaults = {f.name: f.default for f in fields(design) if f.default is not MISSING}
-            known = {**{k: v for k, v in defaults.items() if k in content}, **known}
+            known = {"knobs": {}, **json.loads(json.dumps(defaults)), **known}
         if known is None:
             self.study.set_user_attr("design", content)
         elif known != content:

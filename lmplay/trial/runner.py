@@ -26,7 +26,7 @@ from ..analysis.compare import TRIALS
 from ..data.prepare import prepare
 from ..devices import pick_device, pick_precision, tune_memory
 from ..discover import Experiment, find, find_baseline, load, source_digest
-from ..errors import BusyError, LmplayError, NotFiniteError
+from ..errors import BusyError, LmplayError, NotFiniteError, did_you_mean
 from ..files import write_json
 from ..plan import Plan, find_plan, load_plan
 from ..threads import Share, given
@@ -36,10 +36,11 @@ from ..training.progress import Reporter
 from ..training.run import Job, PreparedRun, RunOptions, matched, sized_config
 from ..training.run_folder import make_out
 from .certificate import valid
-from .design import CONTROLS, Design, FixedDesign, Result, Unit
+from .design import BUDGETS, CONTROLS, Design, FixedDesign, Result, Unit
 from .queue import DEAD, Queue, open_storage
 from .state import TrialState, over_contexts, over_sizes
 from .statistics import MOST_PAIRS, fewest
+from .tuning import parsed, try_range
 
 WAIT = 1.0  # seconds between two polls of a queue in which nothing waits
 VALIDATIONS = 20  # at least, of a run whose end point is the mean of the last ones
@@ -220,8 +221,21 @@ def check(design: Design, workers: int) -> None:
         if control not in CONTROLS:
             known = ", ".join(CONTROLS)
             raise LmplayError(f"--controls {control}: there is no such control (there is: {known})")
-    if "seconds" in design.controls and workers > 1:
-        raise LmplayError("--controls seconds: workers slow each other down; it needs --workers 1")
+    if design.budget not in BUDGETS:
+        raise LmplayError(f"--budget {design.budget}: it is one of {', '.join(BUDGETS)}")
+    for option, timed in (("controls", design.controls), ("budget", (design.budget,))):
+        if "seconds" in timed and workers > 1:
+            raise LmplayError(
+                f"--{option} seconds: workers slow each other down; it needs --workers 1"
+            )
+    if design.budget in design.controls:
+        raise LmplayError(
+            f"--controls {design.budget}: --budget {design.budget} gives both arms the same already"
+        )
+    if design.tune and not design.tuned:
+        raise LmplayError("--tune does not go with --lr fixed")
+    if design.tune and design.tune_tries < 2:
+        raise LmplayError(f"--tune-tries {design.tune_tries}: two at least")
     if design.max_pairs > MOST_PAIRS:
         raise LmplayError(
             f"--max-seeds {design.max_pairs}: {MOST_PAIRS} at most: the test enumerates all signs "
@@ -379,8 +393,59 @@ def resolve(
         sources={arm.label: source_digest(arm.experiment.source.path) for arm in arms},
         last=last,
         context=context,
+        budget=design.budget,
+        screen=design.screen,
+        noise=known_noise(path, design, device.type, precision.name) if design.screen else None,
+        tune_tries=design.tune_tries if design.tune else 0,
+        whole=tuple(k for k in design.tune if _is_whole(baseline.plan, k)),
+        knobs={label: knob_ranges(job.plan, design.tune) for label, job in jobs.items()}
+        if design.tune
+        else {},
     )
     return jobs, fixed
+
+
+def known_noise(path: Path, design: Design, device: str, precision: str) -> float | None:
+    """Return the paired standard deviation of the plan's certificate, if one holds."""
+    plan = load_plan(path).with_budget(design.tokens, None, None)
+    found, _ = valid(path, plan.for_precision(device, precision), precision, device)
+    return found.deviation_paired if found else None
+
+
+def knob_ranges(plan: Plan, keys: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Return for each setting the range in which it is tried.
+
+    Raises:
+        LmplayError: a key is unknown, or its value is no number.
+    """
+    found = {}
+    for key in keys:
+        value = _value_of(plan, key)
+
+        def is_allowed(other: float, key: str = key) -> bool:
+            try:
+                recipe.apply(plan, {key: f"{other:.6g}"}, "--tune")
+            except LmplayError:
+                return False
+            return True
+
+        found[key] = try_range(value, is_allowed)
+    return found
+
+
+def _value_of(plan: Plan, key: str) -> float:
+    part, _, name = key.partition(".")
+    known = recipe.every_key()
+    if key not in known or (value := getattr(getattr(plan, part), name, None)) is None:
+        raise LmplayError(f"--tune {key}: there is no such setting{did_you_mean(key, known)}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise LmplayError(f"--tune {key}: its value is {value}; only numbers are tuned")
+    return float(value)
+
+
+def _is_whole(plan: Plan, key: str) -> bool:
+    part, _, name = key.partition(".")
+    return isinstance(getattr(getattr(plan, part), name, None), int)
 
 
 def job_for(
@@ -561,7 +626,9 @@ def run_unit(unit: Unit, design: FixedDesign, jobs: dict[str, Job]) -> Result:
 
 
 def placed(job: Job, unit: Unit, design: FixedDesign) -> Job:
-    """Return an arm's job with the unit's seed, data order, budget, learning rates and folder."""
+    """Return an arm's job with the unit's seed, data order, budget, settings and folder."""
+    if unit.settings:
+        job = job.with_arm(job.experiment, {**job.overrides, **parsed(unit.settings)})
     plan = scaled(job.plan, unit, design.tokens)
     # Another budget is part of the folder's name.
     tokens = None if unit.share == 1 else plan.steps[0].tokens
@@ -577,7 +644,7 @@ def folder_of(unit: Unit, design: FixedDesign) -> str:
     """
     name = f"{TRIALS}{design.plan}-{design.plan_fingerprint[:6]}"
     name += "" if design.device == "cpu" else f"-{design.device}"
-    name += "-timed" if "seconds" in design.controls else ""
+    name += "-timed" if "seconds" in (*design.controls, design.budget) else ""
     return name + ("" if unit.lr_multiplier == 1 else f"-lr{unit.lr_multiplier:g}")
 
 

@@ -18,17 +18,30 @@ from typing import Any
 import numpy as np
 
 from .design import FixedDesign, Result, Results, Unit
-from .statistics import REAL, UNDECIDED, Verdict, correlation, judge, t_interval, tokens_to_reach
+from .statistics import (
+    REAL,
+    UNDECIDED,
+    Verdict,
+    correlation,
+    judge,
+    student,
+    t_interval,
+    tokens_to_reach,
+)
+from .tuning import SEED, parsed, tune_knobs
 
-LR_SEED = 1000  # learning rates are chosen on other seeds than the pairs'
+LR_SEED = SEED
 LR_MULTIPLIERS = (0.25, 0.5, 1.0, 2.0, 4.0)
 MAX_LR_MULTIPLIER = 64.0
 RUNGS = (1 / 4, 1 / 2, 1.0)  # shares of the budget at which learning rates are tried
 KEPT = (3, 2)  # rates that continue after the first and the second rung
 CONTROL_SEEDS = 3
+SCREENING_PAIRS = 3
+SCREENING_COVERAGE = 0.95
+COST_SHARE = 0.05  # of the budget, in which the cost of a token is measured
 
 
-def tuning(arm: str, results: Results) -> float | list[Unit]:
+def tuning(arm: str, results: Results, budget: float = 1.0) -> float | list[Unit]:
     """Return an arm's best multiplier of the learning rates, or the runs that are missing.
 
     All multipliers get a quarter of the budget; while the best is at an end of the range, the range
@@ -36,10 +49,13 @@ def tuning(arm: str, results: Results) -> float | list[Unit]:
     better one wins (successive halving, Jamieson and Talwalkar 2016). The plan's own rate always
     continues, if need be instead of the last one: as long as all rates learn no more than token
     frequencies, one that diverges later may lead by a hair.
+
+    Args:
+        budget: the arm's share of the trial's budget.
     """
     multipliers = list(LR_MULTIPLIERS)
     while True:
-        units = [Unit("lr", arm, LR_SEED, m, RUNGS[0]) for m in sorted(multipliers)]
+        units = [Unit("lr", arm, LR_SEED, m, budget * RUNGS[0]) for m in sorted(multipliers)]
         if missing := [u for u in units if u.key not in results]:
             return missing
         units.sort(key=lambda u: (results[u.key].loss, u.lr_multiplier))
@@ -52,7 +68,9 @@ def tuning(arm: str, results: Results) -> float | list[Unit]:
             break
     for share, kept in zip(RUNGS[1:], KEPT, strict=True):
         plans_own = [u for u in units[kept:] if u.lr_multiplier == 1]
-        units = [replace(u, share=share) for u in [*units[: kept - len(plans_own)], *plans_own]]
+        units = [
+            replace(u, share=budget * share) for u in [*units[: kept - len(plans_own)], *plans_own]
+        ]
         if missing := [u for u in units if u.key not in results]:
             return missing
         units.sort(key=lambda u: (results[u.key].loss, u.lr_multiplier))
@@ -75,27 +93,81 @@ class TrialState:
     @cached_property
     def lr_multipliers(self) -> dict[str, float]:
         """The chosen multiplier of the learning rates, for each arm whose tuning is done."""
-        if not self.design.tuned:
+        if self.design.knobs:
             return {}
-        found = {arm: tuning(arm, self.results) for arm in self.design.every_arm}
+        found = self._tuned()
         return {arm: value for arm, value in found.items() if isinstance(value, float)}
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """The chosen settings of the knobs, for each arm whose tuning is done."""
+        if not self.design.knobs:
+            return {}
+        return {arm: value for arm, value in self._tuned().items() if isinstance(value, str)}
+
+    def _tuned(self) -> dict[str, float | str | list[Unit]]:
+        """Return for each arm what was chosen, or the runs that are missing."""
+        design = self.design
+        found: dict[str, float | str | list[Unit]] = {}
+        if self.shares is None or not design.tuned:
+            return found
+        for arm, share in self.shares.items():
+            if design.knobs:
+                found[arm] = tune_knobs(
+                    arm, design.knobs[arm], design.whole, design.tune_tries, share, self.results
+                )
+            else:
+                found[arm] = tuning(arm, self.results, share)
+        return found
 
     @property
     def is_tuned(self) -> bool:
-        """Whether all learning rates are chosen."""
+        """Whether the settings of all arms are chosen."""
         every = len(self.design.every_arm)
-        return not self.design.tuned or len(self.lr_multipliers) == every
+        chosen = self.settings if self.design.knobs else self.lr_multipliers
+        return self.shares is not None and (not self.design.tuned or len(chosen) == every)
+
+    @cached_property
+    def shares(self) -> dict[str, float] | None:
+        """Each arm's share of the budget in tokens; None until the cost of a token is measured."""
+        design = self.design
+        if design.budget == "tokens":
+            return dict.fromkeys(design.every_arm, 1.0)
+        if self._missing(self._cost_units()):
+            return None
+        costs = {}
+        for unit in self._cost_units():
+            result = self.results[unit.key]
+            if not result.tokens:  # it diverged, and its pairs will as well
+                return dict.fromkeys(design.every_arm, 1.0)
+            spent = result.flops if design.budget == "flops" else result.seconds
+            costs[unit.arm] = spent / result.tokens[-1]
+        base = costs[design.against]
+        return {arm: float(f"{base / cost:.3g}") for arm, cost in costs.items()}
+
+    def _cost_units(self) -> list[Unit]:
+        return [Unit("cost", arm, LR_SEED, share=COST_SHARE) for arm in self.design.every_arm]
 
     # ---------------------------------------------------------------- which runs are needed
 
     def needed(self) -> list[Unit]:
         """Return the missing runs of the next decision; [] when the trial is over."""
         design = self.design
+        if self.shares is None:
+            return self._missing(self._cost_units())
         if not self.is_tuned:
-            found = [tuning(arm, self.results) for arm in design.every_arm]
+            found = self._tuned().values()
             return [unit for units in found if isinstance(units, list) for unit in units]
+        if design.screen:
+            units = [
+                self.pair_unit(arm, seed)
+                for seed in range(SCREENING_PAIRS)
+                for arm in design.every_arm
+            ]
+            if missing := self._missing(units):
+                return missing
         for n in design.looks:
-            active = [a for a in self.unsettled(n) if not self.divergence_message(a, n)]
+            active = [a for a in self.unsettled(n) if not self.reason_to_stop(a, n)]
             if not active:
                 return []
             arms = (design.against, *active)
@@ -114,7 +186,14 @@ class TrialState:
 
     def pair_unit(self, arm: str, seed: int) -> Unit:
         """Return an arm's run of the pair with this seed."""
-        return Unit("pair", arm, seed, self.lr_multipliers.get(arm, 1.0))
+        return Unit(
+            "pair",
+            arm,
+            seed,
+            self.lr_multipliers.get(arm, 1.0),
+            (self.shares or {}).get(arm, 1.0),
+            settings=self.settings.get(arm, ""),
+        )
 
     def control_units(self, arm: str) -> list[Unit]:
         """Return the runs of the arm's controls: the baseline at its parameters, FLOPs or seconds.
@@ -125,13 +204,13 @@ class TrialState:
         """
         units = []
         against = self.design.against
-        multiplier = self.lr_multipliers.get(against, 1.0)
+        base = self.pair_unit(against, 0)
         for what in self.design.controls:
             share = self._median_ratio(arm) if what == "seconds" else 1.0
             if what == "seconds" and share <= 1:
                 continue
             units += [
-                Unit("control", against, seed, multiplier, share, what, arm)
+                replace(base, role="control", seed=seed, share=share, match=what, of=arm)
                 for seed in range(CONTROL_SEEDS)
             ]
         return units
@@ -177,6 +256,32 @@ class TrialState:
                     return f"{name} diverged with seed {seed} ({folder}): try a lower learning rate"
         return ""
 
+    def reason_to_stop(self, arm: str, n: int) -> str:
+        """Return why an arm gets no more pairs after n of them; "" if nothing speaks against it."""
+        return self.divergence_message(arm, n) or self.screened_out(arm)
+
+    def screened_out(self, arm: str) -> str:
+        """Return why the first pairs show that an arm is no better; "" if they do not.
+
+        Only pairs are saved: an arm that is dropped cannot become REAL, so no error is added. The
+        spread is pooled over the arms, and at least that of the plan's certificate.
+        """
+        design = self.design
+        first = {a: self.differences(a)[:SCREENING_PAIRS] for a in design.arms}
+        if not design.screen or any(len(d) < SCREENING_PAIRS for d in first.values()):
+            return ""
+        spread = math.sqrt(np.mean([np.var(d, ddof=1) for d in first.values()]))
+        spread = max(spread, design.noise or 0.0)
+        freedom = len(first) * (SCREENING_PAIRS - 1)
+        reach = student(SCREENING_COVERAGE, freedom) * spread / math.sqrt(SCREENING_PAIRS)
+        most = reach - float(np.mean(first[arm]))
+        if most >= design.smallest_effect:
+            return ""
+        return (
+            f"screened out: after {SCREENING_PAIRS} pairs its gain is below {most:.4f} nats "
+            f"({SCREENING_COVERAGE:.0%})"
+        )
+
     def control_differences(self, arm: str) -> dict[str, list[float]]:
         """Return the arm's end points minus the matched baseline's, by control."""
         out: dict[str, list[float]] = {}
@@ -205,7 +310,7 @@ class TrialState:
                     data[arm] = self.differences(arm)[:look]
             now = self._judge(data, controlled)
             for arm in design.arms:
-                if why := self.divergence_message(arm, look):
+                if why := self.reason_to_stop(arm, look):
                     now[arm] = _closed(now[arm], why)
             settled |= {a: v for a, v in now.items() if a not in settled and v.settled}
             latest = {a: settled.get(a, v) for a, v in now.items()}
@@ -213,7 +318,7 @@ class TrialState:
             data = {a: self.differences(a)[:n] for a in design.arms}
             latest = judge(data, design.smallest_effect, design.max_pairs, design.level)
         for arm in design.arms:  # a pair since the last look may have diverged
-            if arm not in settled and (why := self.divergence_message(arm, n)):
+            if arm not in settled and (why := self.reason_to_stop(arm, n)):
                 latest[arm] = _closed(latest[arm], why)
         return latest
 
@@ -274,7 +379,9 @@ class TrialState:
             "runs": [_short_folder(r) for r in base],
             "lr_multiplier": self.lr_multipliers.get(design.against, 1.0),
             "null": {"runs": len(ended), "half": _finite(luck)},
+            "settings": self.settings.get(design.against, ""),
             "sensitivity": self.sensitivity(),
+            "knobs": self.knob_tries(),
             "cost": {"runs": len(self.results), "hours": hours},
             "over": not self.needed(),
             "certificate": dict(self.certificate),
@@ -286,6 +393,8 @@ class TrialState:
             **{key: _finite(value) for key, value in asdict(verdict).items()},
             "tuned": self.design.tuned,
             "lr_multiplier": self.lr_multipliers.get(arm, 1.0),
+            "settings": self.settings.get(arm, ""),
+            "share": (self.shares or {}).get(arm, 1.0),
             **_comparison(both),
             "gains": [b.loss - m.loss for m, b in both],
             "flops": float(np.median([b.flops for _, b in both])) if both else None,
@@ -303,6 +412,17 @@ class TrialState:
             if role == "lr":
                 out[arm].append((float(share[1:]), float(multiplier[2:]), _finite(result.loss)))
         return {arm: sorted(tries, key=lambda t: t[:2]) for arm, tries in out.items()}
+
+    def knob_tries(self) -> dict[str, list[tuple[dict[str, float], float | None]]]:
+        """Return, by arm, (values of the knobs, end point) of every try; no values: its own."""
+        out: dict[str, list[tuple[dict[str, float], float | None]]] = {}
+        for key, result in self.results.items():
+            role, arm, *rest = key.split(" ")
+            if role == "knobs":
+                text = rest[-1] if "=" in rest[-1] else ""
+                values = {k: float(v) for k, v in parsed(text).items()}
+                out.setdefault(arm, []).append((values, _finite(result.loss)))
+        return out
 
 
 def _closed(verdict: Verdict, why: str) -> Verdict:

@@ -103,6 +103,13 @@ def bca(differences: Sequence[float], coverage: float = 0.99, seed: int = 0) -> 
     return float(found.low), float(found.high)
 
 
+def student(coverage: float, freedom: int) -> float:
+    """Student's one-sided quantile."""
+    from scipy import stats
+
+    return float(stats.t.ppf(coverage, freedom))
+
+
 def t_interval(values: Sequence[float], coverage: float = 0.99) -> tuple[float, float]:
     """Student's interval of the mean."""
     from scipy import stats
