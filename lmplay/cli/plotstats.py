@@ -1,4 +1,7 @@
-"""lmp_plotstats: draw the curves of runs and their differences to a baseline, or make a page."""
+"""lmp_plotstats: draw the curves of runs and their differences to a baseline, or make a page.
+
+One module, because figures and page share their options and what they leave out.
+"""
 
 from __future__ import annotations
 

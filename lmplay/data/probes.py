@@ -71,15 +71,16 @@ class ProbeSource(Source):
             "val": (0, math.ceil(plan.validation.tokens / length)),
             "train": (1, read),
         }.items():
-            generator = np.random.default_rng([self.seed, number])
             progress(f"generating {sequences} sequences of the probe {self.task}", None)
+            # Whole chunks, so that a longer run reads the same sequences first.
             chunks = [
-                self.generate(generator, min(CHUNK, sequences - start), length)
-                for start in range(0, sequences, CHUNK)
+                self.generate(np.random.default_rng([self.seed, number, chunk]), CHUNK, length)
+                for chunk in range(math.ceil(sequences / CHUNK))
             ]
             # One more token, so that the last sequence is whole.
-            ids = np.concatenate([*(i.ravel() for i, _ in chunks), SYMBOLS[:1]])
-            mask = np.concatenate([*(m.ravel() for _, m in chunks), np.zeros(1, bool)])
+            size = sequences * length
+            ids = np.append(np.concatenate([i.ravel() for i, _ in chunks])[:size], SYMBOLS[0])
+            mask = np.append(np.concatenate([m.ravel() for _, m in chunks])[:size], False)
             parts[split] = (ids, mask.astype(np.uint8))
         # Not the number of training sequences: a longer run reads the same ones first.
         fingerprint = digest("probe", self.task, self.seed, length, plan.validation.tokens)

@@ -23,6 +23,7 @@ from .design import FixedDesign, Results, Unit
 from .statistics import HARMFUL, REAL, Verdict, judge, t_interval
 
 PAIRS = 9  # the fewest with which the exact test can say REAL or HARMFUL at two looks
+TRIAL_PAIRS = 20  # pairs at most in a trial by default, which decides what a look may spend
 TUNING_SEEDS = 2
 LR_MULTIPLIERS = (0.25, 0.5, 1.0, 2.0, 4.0)
 DECAY_MULTIPLIERS = (0.0, 1.0, 10.0)
@@ -171,9 +172,9 @@ class Arena:
         return float(np.polyval(quadratic, math.log(share)))
 
     def verdict(self, differences: Sequence[float]) -> Verdict:
-        """Return the word for one arm of PAIRS pairs, as a trial would give it."""
+        """Return the word for one arm of PAIRS pairs, as a trial gives it at its first look."""
         design = self.design
-        return judge({"": differences}, design.smallest_effect, PAIRS, design.level)[""]
+        return judge({"": differences}, design.smallest_effect, TRIAL_PAIRS, design.level)[""]
 
     def _beyond_counting(self) -> Line:
         losses = self._losses([self.base(s) for s in range(PAIRS)])
