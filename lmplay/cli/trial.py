@@ -144,8 +144,10 @@ def contexts(args: argparse.Namespace) -> tuple[str, ...] | None:
     if args.panel:
         from ..plan import find_plan, load_plan
 
-        if not load_plan(find_plan(args.training_plan)).contexts:
+        names = tuple(load_plan(find_plan(args.training_plan)).contexts)
+        if not names:
             raise LmplayError(f"--panel: the plan {args.training_plan} has no contexts")
+        return names
     return () if args.no_panel else tuple(args.context) or None
 
 

@@ -130,7 +130,7 @@ class Trial:
         if not self.parts:
             raise LmplayError("in every context the arms are the baseline: nothing can be judged")
         widths = [next(iter(part.jobs.values())).plan.model.embed_dim for part in self.parts]
-        if len(set(widths)) < len(widths):
+        if design.sizes and len(set(widths)) < len(widths):
             sizes = ",".join(f"{s:g}" for s in design.sizes)
             raise LmplayError(f"--sizes {sizes}: two of them have the same width: {widths}")
 
