@@ -12,9 +12,9 @@ $(READY): setup.py constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/lmp_trainer --exp gpt2ish --training-plan laptop --amp --tokens 262144
-	$(BIN)/lmp_trainer --exp ue --training-plan laptop --amp --tokens 262144
-	$(BIN)/lmp_plotstats gpt_out/laptop --target gpt2ish --out gpt_out/plots
+	$(BIN)/lmp_trainer --exp modern --training-plan sketch --amp
+	$(BIN)/lmp_trainer --exp modern_value_norm --training-plan sketch --amp
+	$(BIN)/lmp_plotstats gpt_out/sketch --out gpt_out/plots
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=15

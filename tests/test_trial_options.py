@@ -16,6 +16,7 @@ from conftest import Command, one_line, write_plan
 
 from lmplay.analysis.answer import Row, draw_answer, rows_of_trials
 from lmplay.analysis.page.gather import TrialReport, find_reports
+from lmplay.analysis.sensitivity import draw_sensitivity, panels
 from lmplay.errors import LmplayError
 from lmplay.plan import find_plan, load_plan, parse_plan, plan_files
 from lmplay.recipe import in_context
@@ -196,6 +197,25 @@ def test_knobs_are_tuned_with_as_many_tries_for_each_arm() -> None:
     assert all(k.endswith(report["arms"]["idea"]["settings"]) for k in pairs)
     again = TrialState(d, dict(reversed(results.items())))
     assert again.settings == TrialState(d, results).settings, "whatever the order of the results"
+
+
+def test_the_sensitivity_of_each_knob_is_drawn(tmp_path: Path) -> None:
+    d = design(tuned=True, knobs={"base": RANGES, "idea": RANGES}, tune_tries=6)
+    report = TrialState(d, play(d, bowl)).report()
+    shown = panels(report)
+    assert {knob: {a: len(c[0][1]) for a, c in arms.items()} for knob, arms in shown.items()} == {
+        knob: {"base": 5, "idea": 5} for knob in RANGES
+    }
+    assert draw_sensitivity(tmp_path / "knobs.png", report)
+    rates = design(tuned=True)
+    report = TrialState(rates, play(rates, bowl)).report()
+    (curves,) = panels(report).values()
+    assert [share for share, _ in curves["idea"]] == [0.25, 0.5, 1.0]
+    assert draw_sensitivity(tmp_path / "rates.png", report)
+    fixed = design()
+    report = TrialState(fixed, play(fixed, bowl)).report()
+    assert not draw_sensitivity(tmp_path / "none.png", report)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["knobs.png", "rates.png"]
 
 
 def test_the_range_of_a_knob() -> None:

@@ -23,6 +23,7 @@ import torch
 
 from .. import recipe
 from ..analysis.compare import TRIALS
+from ..analysis.sensitivity import draw_sensitivity
 from ..data.prepare import prepare
 from ..devices import pick_device, pick_precision, tune_memory
 from ..discover import Experiment, find, find_baseline, load, source_digest
@@ -193,6 +194,7 @@ class Trial:
         for part in self.parts:
             reports.append(part.state().report())
             write_json(part.folder / "trial.json", reports[-1], sealed=True)
+            draw_sensitivity(part.folder / "tuning.png", reports[-1])
         if self.contexts:
             by_name = {
                 part.design.context: report
