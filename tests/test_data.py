@@ -308,6 +308,29 @@ def test_missing_data_says_what_to_do(tmp_path: Path) -> None:
         )
 
 
+def test_source_code_of_packages_is_text_by_version() -> None:
+    code = {"source": "python", "packages": ["numpy", "python"]}
+    plan = parse_plan({"datasets": {"d": code}, "steps": [{"datasets": ["d"]}]}, "test")
+    source = plan.datasets["d"]
+    documents = [text for d in source.documents() for text, _ in d]
+    assert len(documents) > 500
+    assert Path(np.__file__).read_text() in documents
+    assert Path(json.__file__).read_text() in documents
+    assert not any("class TestArrayEqual" in text for text in documents), "no tests"
+    assert source.fingerprint == plan.datasets["d"].fingerprint
+    other = parse_plan(
+        {
+            "datasets": {"d": {**code, "packages": ["numpy"]}},
+            "steps": [{"datasets": ["d"]}],
+        },
+        "test",
+    )
+    assert other.datasets["d"].fingerprint != source.fingerprint
+    missing = {"source": "python", "packages": ["no-such-package"]}
+    with pytest.raises(LmplayError, match="pip install no-such-package"):
+        prepare_one(missing)
+
+
 def test_bundled_text_is_real() -> None:
     plan = parse_plan(
         {"datasets": {"d": {"source": "bundled"}}, "steps": [{"datasets": ["d"]}]}, "test"

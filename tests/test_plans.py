@@ -16,7 +16,11 @@ from lmplay.errors import LmplayError
 from lmplay.plan import json_schema, load_plan, parse_plan, plan_files
 
 SHIPPED = {
+    "sketch",
     "laptop",
+    "desk",
+    "probe_recall",
+    "probe_copy",
     "smoke",
     "default",
     "wiki_en_es",

@@ -88,14 +88,15 @@ def draw_answer(
             figsize=(10, 2.1 + 0.34 * len(ranked)), dpi=120, layout="constrained"
         )
         ax.axvline(0, color=GREY, lw=1.5)
-        smallest = certificate.smallest_gain if certificate is not None else None
-        if smallest is not None:
-            ax.axvspan(-smallest, smallest, color=GREY, alpha=0.22, lw=0)
+        bands = (certificate.smallest_gain, certificate.smallest_gain_unlike) if certificate else ()
+        for half in bands:
+            if half is not None:
+                ax.axvspan(-half, half, color=GREY, alpha=0.15, lw=0)
         for place, row in enumerate(ranked):
             if row.low is not None and row.high is not None:
                 ax.plot([row.low, row.high], [place, place], color=COLORS[0])
             ax.plot(row.gain, place, "o", color=COLORS[0], mfc=COLORS[0] if row.word else "none")
-        _fit(ax, ranked, smallest)
+        _fit(ax, ranked)
         ax.set_yticks(range(len(ranked)), [_label(row) for row in ranked])
         ax.set_ylim(-0.7, len(ranked) - 0.3)
         ax.set_xlabel(f"gain over {baseline}, nats per token (right is better)")
@@ -124,18 +125,21 @@ def _caption(certificate: Certificate | None) -> str:
     if certificate is None:
         lines.append("Uncertified arena: lmp_arena measures the smallest gain it can resolve.")
     elif certificate.smallest_gain is not None:
+        unlike = certificate.smallest_gain_unlike
         lines.append(
-            f"Grey: gains that nine pairs cannot show here (below {certificate.smallest_gain:.4f} "
-            f"nats, certified {certificate.date})."
+            "Grey: gains that nine pairs cannot show here: dark, between models that are like "
+            f"each other ({certificate.smallest_gain:.4f} nats)"
+            + (f"; light, between unlike ones ({unlike:.3f})" if unlike else "")
+            + f". Certified {certificate.date}."
         )
     return "\n".join(lines)
 
 
-def _fit(ax: Any, rows: Sequence[Row], smallest: float | None) -> None:
-    """Fit the x axis to dots, 0 and intervals; an extreme interval may leave it."""
+def _fit(ax: Any, rows: Sequence[Row]) -> None:
+    """Fit the x axis to dots, 0 and intervals; an extreme interval, or a band, may leave it."""
     gains = [*(row.gain for row in rows), 0.0]
     spread = max(gains) - min(gains) or 0.01
     ends = [end for row in rows for end in (row.low, row.high) if end is not None]
-    low = max(min([*gains, *ends, -(smallest or 0)]), min(gains) - spread)
-    high = min(max([*gains, *ends, smallest or 0]), max(gains) + spread)
+    low = max(min([*gains, *ends]), min(gains) - spread)
+    high = min(max([*gains, *ends]), max(gains) + spread)
     ax.set_xlim(low - 0.05 * spread, high + 0.05 * spread)

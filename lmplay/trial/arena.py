@@ -246,8 +246,9 @@ class Arena:
             "sensitivity",
             True,
             f"a pair's difference deviates by {noise:.4f} nats (two runs with other seeds: "
-            f"{unpaired:.4f}); {PAIRS} pairs detect {gain:.4f} nats, the worth of {tokens:.1f} % "
-            f"of the tokens, with {POWER:.0%} power in {2 * PAIRS * minutes:.0f} minutes",
+            f"{unpaired:.4f}); {PAIRS} pairs detect {gain:.4f} nats between like models, the worth "
+            f"of {tokens:.1f} % of the tokens, with {POWER:.0%} power, in "
+            f"{2 * PAIRS * minutes:.0f} minutes",
             {
                 "deviation_paired": noise,
                 "deviation_unpaired": unpaired,
@@ -292,11 +293,15 @@ class Arena:
             finite = all(map(math.isfinite, differences))
             words[arm] = self.verdict(differences).word if finite else HARMFUL  # it diverged
         passed = all(word == HARMFUL for word in words.values())
+        spread = {arm: float(np.std(d, ddof=1)) for arm, d in found.items()}
+        unlike = float(np.median(list(spread.values())))
+        parts = [f"{a} {w} by {np.mean(found[a]):+.3f} ± {spread[a]:.3f}" for a, w in words.items()]
         return Line(
             "known answers",
             passed,
-            "; ".join(f"{a} {w} by {np.mean(found[a]):+.3f} nats" for a, w in words.items()),
-            {"differences": found},
+            f"{'; '.join(parts)} nats (standard deviation of a pair); between models so unlike, "
+            f"{PAIRS} pairs detect {smallest_gain(unlike):.3f} nats",
+            {"differences": found, "smallest_gain_unlike": smallest_gain(unlike)},
         )
 
     # ---------------------------------------------------------------- the report

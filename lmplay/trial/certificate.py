@@ -47,7 +47,8 @@ class Certificate(BaseModel):
     plan: fingerprint of the plan with its contexts. arena: that of what runs must share to be
     compared. date: ISO. machine: processor and cores.
     minutes_per_run: of training, of one run of the baseline. smallest_gain: nats per token that
-    nine pairs detect.
+    nine pairs detect if the idea is like its baseline; smallest_gain_unlike: if it differs from it
+    as much as the known answers do.
     """
 
     plan: str
@@ -61,6 +62,7 @@ class Certificate(BaseModel):
     tokens: int
     minutes_per_run: Finite | None = None
     smallest_gain: Finite | None = None
+    smallest_gain_unlike: Finite | None = None
     deviation_paired: Finite | None = None
     lines: dict[str, LineRecord]
 
@@ -79,7 +81,11 @@ class Certificate(BaseModel):
         if counting is not None and counting.passed is not None:
             parts.append("beyond counting" if counting.passed else "NOT beyond counting")
         if self.smallest_gain is not None:
-            parts.append(f"nine pairs detect {self.smallest_gain:.4f} nats")
+            unlike = self.smallest_gain_unlike
+            parts.append(
+                f"nine pairs detect {self.smallest_gain:.4f} nats between like models"
+                + (f", {unlike:.3f} between unlike ones" if unlike is not None else "")
+            )
         if failed := self.failed():
             parts.append(f"fails: {', '.join(failed)}")
         if missing := self.missing():

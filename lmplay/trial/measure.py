@@ -204,6 +204,7 @@ class Measurement:
             tokens=self.part.design.tokens,
             minutes_per_run=sensitivity.get("minutes_per_run"),
             smallest_gain=sensitivity.get("smallest_gain"),
+            smallest_gain_unlike=lines["known answers"].numbers.get("smallest_gain_unlike"),
             deviation_paired=sensitivity.get("deviation_paired"),
             lines={name: records[name] for name in LINES},
         )
