@@ -328,7 +328,9 @@ def test_source_code_of_packages_is_text_by_version() -> None:
     assert other.datasets["d"].fingerprint != source.fingerprint
     missing = {"source": "python", "packages": ["no-such-package"]}
     with pytest.raises(LmplayError, match="pip install no-such-package"):
-        prepare_one(missing)
+        prepare(
+            parse_plan({"datasets": {"d": missing}, "steps": [{"datasets": ["d"]}]}, "t"), print
+        )
 
 
 def test_bundled_text_is_real() -> None:

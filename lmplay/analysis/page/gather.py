@@ -62,6 +62,7 @@ def gather(
     train_of = {(c.path.parent, c.name): c for c in training}
     trials, odd = find_reports(folders, "trial.json", TrialReport)
     sizes, more = find_reports(folders, "sizes.json", SizesReport)
+    panels, others = find_reports(folders, "panel.json", PanelReport)
     arenas, lost = trial_arenas(trials, read)
     for (name, fingerprint), curves in by_arena(validation).items():
         named = target if target in {n for c in curves for n in (c.name, c.variant)} else None
@@ -92,6 +93,7 @@ def gather(
         "arenas": arenas,
         "trials": [{"name": path.parent.name, **t.model_dump()} for path, t in trials],
         "sizes": [{"name": path.parent.name, **t.model_dump()} for path, t in sizes],
+        "panels": [{"name": path.parent.name, **t.model_dump()} for path, t in panels],
         "quantiles": quantiles(),
         "grid": GRID,
         "colors": COLORS,
@@ -100,7 +102,7 @@ def gather(
         "axes": X_COLUMNS,
         "metrics": METRICS,
     }
-    return content, [*left_out, *odd, *more, *lost]
+    return content, [*left_out, *odd, *more, *others, *lost]
 
 
 # ---------------------------------------------------------------- runs
@@ -289,6 +291,8 @@ class Arm(BaseModel):
     more: int | None
     tuned: bool
     lr_multiplier: Multiplier
+    settings: str = ""
+    share: Finite = 1.0
     tokens_ratio: Maybe
     deviation_paired: Maybe
     deviation_unpaired: Maybe
@@ -330,6 +334,16 @@ class SizesReport(BaseModel):
     """A sizes.json."""
 
     fits: dict[str, Fit]
+
+
+class Holds(BaseModel):
+    sentence: str
+
+
+class PanelReport(BaseModel):
+    """A panel.json."""
+
+    panel: dict[str, Holds]
 
 
 Report = TypeVar("Report", bound=BaseModel)

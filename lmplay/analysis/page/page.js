@@ -681,7 +681,10 @@ function verdicts() {
       if (["REAL", "HARMFUL", "UNDECIDED"].includes(v.word)) card.classList.add(v.word);
       const line = (text) => card.append(element("p", text));
       card.append(
-        element("h3", `${arm} against ${d.against} on ${d.plan}`),
+        element(
+          "h3",
+          `${arm} against ${d.against} on ${d.plan}` + (d.context ? `, ${d.context}` : ""),
+        ),
         element("p", v.word, "word"),
       );
       line(
@@ -695,7 +698,9 @@ function verdicts() {
             `${end(v.gain_bpb)} bits per byte`,
         );
       line(`${v.pairs} pairs, p ${short(v.p)} of the ${short(v.level)} that this look may spend`);
-      if (v.tuned) line(`learning rate × ${short(v.lr_multiplier)}`);
+      if (v.settings) line(`tuned: ${v.settings.replaceAll(",", ", ")}`);
+      else if (v.tuned) line(`learning rate × ${short(v.lr_multiplier)}`);
+      if (v.share !== 1) line(`${short(v.share)} times the baseline's tokens`);
       if (v.tokens_ratio)
         line(`${d.against} needs ${v.tokens_ratio.toFixed(2)} times the tokens for the same loss`);
       if (v.deviation_paired !== null)
@@ -712,6 +717,16 @@ function verdicts() {
       if (v.more === 0) line("it is close: some more pairs may settle it");
       if (v.more) line(`about ${v.more} more pair${v.more > 1 ? "s" : ""} would settle it`);
       line(`${trial.cost.runs} runs, ${trial.cost.hours.toFixed(2)} hours of training`);
+      line(trial.certificate.sentence || "uncertified arena");
+      cards.push(card);
+    }
+  for (const panel of content.panels)
+    for (const [arm, found] of Object.entries(panel.panel)) {
+      const card = element("article", undefined, "card");
+      card.append(
+        element("h3", `${panel.name}: ${arm} over contexts`),
+        element("p", found.sentence),
+      );
       cards.push(card);
     }
   for (const sizes of content.sizes)
