@@ -193,5 +193,5 @@ class Runner(ModelRunner):
 BASELINE = "gpt2ish"
 
 VARIANTS: dict[str, dict] = {
-    "lion": {"optimizer.lr": 3e-4, "optimizer.weight_decay": 0.3},
+    "lion": {"optimizer.name": "adamw", "optimizer.lr": 3e-4, "optimizer.weight_decay": 0.3},
 }

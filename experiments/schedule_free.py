@@ -227,5 +227,9 @@ class Runner(ModelRunner):
 BASELINE = "gpt2ish"
 
 VARIANTS: dict[str, dict] = {
-    "schedule_free": {"schedule.name": "linear_warmup", "schedule.warmup": 0.05},
+    "schedule_free": {
+        "optimizer.name": "adamw",
+        "schedule.name": "linear_warmup",
+        "schedule.warmup": 0.05,
+    },
 }
