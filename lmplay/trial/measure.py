@@ -23,7 +23,7 @@ from ..devices import describe_device, tune_memory
 from ..discover import Experiment, ExperimentFile, find, list_sources, load, source_digest
 from ..errors import LmplayError, did_you_mean
 from ..plan import Plan, find_plan, load_plan
-from ..threads import cores, given
+from ..threads import given
 from ..training.run_folder import make_out
 from .arena import DECAY_MULTIPLIERS, PAIRS, WIDTHS, Arena, Layout, Recipe
 from .certificate import LINES, Certificate, LineRecord, plan_print, write_certificate
@@ -168,7 +168,7 @@ class Measurement:
         name = f"{fixed.plan}-{fixed.plan_fingerprint[:6]}-{fixed.precision}"
         folder = self.out / "arenas" / name
         queue = Queue(open_storage(storage or str(folder / "journal.log")), name, fixed)
-        self.machine = f"{describe_device(job.device)}, {cores()} cores, torch {torch.__version__}"
+        self.machine = f"{describe_device(job.device)}, torch {torch.__version__}"
         return ArenaPart(queue, fixed, jobs, folder, layout=layout)
 
     def run(self) -> Certificate:
