@@ -16,7 +16,7 @@ from scipy import stats
 
 from lmplay.discover import list_sources
 from lmplay.plan import find_plan, load_plan, plan_files
-from lmplay.trial import arena, certificate, measure, runner, transfer
+from lmplay.trial import arena, certificate, measure, transfer, work
 from lmplay.trial.arena import Arena, Layout, Recipe
 from lmplay.trial.design import FixedDesign, Result, Unit
 from lmplay.trial.statistics import HARMFUL, judge
@@ -176,7 +176,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[Unit]:
         loss += float(np.random.default_rng(zlib.crc32(unit.key.encode())).normal(0, 1e-4))
         return replace(own, loss=loss)
 
-    monkeypatch.setattr(runner, "run_unit", run_unit)
+    monkeypatch.setattr(work, "run_unit", run_unit)
     return made
 
 
@@ -246,7 +246,7 @@ def test_a_real_run_of_each_kind_is_made(tmp_path: Path) -> None:
         kinds.setdefault((unit.arm, unit.lr_multiplier == 1, unit.share), unit)
     losses = {}
     for kind, unit in kinds.items():
-        losses[kind] = runner.run_unit(replace(unit, seed=0), part.design, part.jobs)
+        losses[kind] = work.run_unit(replace(unit, seed=0), part.design, part.jobs)
     assert all(math.isfinite(r.loss) for r in losses.values())
     base = losses["modern", True, 1.0]
     assert losses["modern", True, 0.9].tokens[-1] == pytest.approx(0.9 * base.tokens[-1], rel=0.1)

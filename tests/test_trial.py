@@ -22,7 +22,7 @@ from scipy import stats
 
 from lmplay.errors import LmplayError
 from lmplay.training.run_folder import RunFolder
-from lmplay.trial import queue, runner
+from lmplay.trial import queue, work
 from lmplay.trial import state as trial
 from lmplay.trial.design import FixedDesign, Result, Unit
 from lmplay.trial.state import TrialState
@@ -347,7 +347,7 @@ def test_a_worker_says_for_whom_it_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: Any, owner: str
 ) -> None:
     """Once, and not at every look."""
-    monkeypatch.setattr(runner, "WAIT", 0.0)
+    monkeypatch.setattr(work, "WAIT", 0.0)
     other = queue.Queue(storage, "t", design())
     units = [Unit("pair", "good", 0)]
     other.offer(units)
@@ -363,7 +363,7 @@ def test_a_worker_says_for_whom_it_waits(
         queue=queue.Queue(storage, "t", design()), state=State, folder=tmp_path, design=design()
     )
     said: list[str] = []
-    runner.work(part, said.append)
+    work.work(part, said.append)
     assert said == [f"waiting for {units[0].key} ({owner}); a worker silent for 30 s loses its run"]
 
 

@@ -14,7 +14,8 @@ from . import _args, run_command
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..trial.runner import Part, Trial
+    from ..trial.runner import Trial
+    from ..trial.work import Part
 
 EPILOG = """The verdict: REAL (lower loss by the exact sign-flip test at the level, and lower than
 every matched baseline's), WITHIN NOISE (any effect is smaller than --smallest-effect), HARMFUL

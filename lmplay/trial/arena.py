@@ -78,7 +78,7 @@ class Line:
 class Arena:
     """The layout, the design and the results so far.
 
-    Its methods are those that :func:`lmplay.trial.runner.work` asks a trial's state for.
+    Its methods are those that :func:`lmplay.trial.work.work` asks a trial's state for.
     """
 
     def __init__(self, layout: Layout, design: FixedDesign, results: Results):

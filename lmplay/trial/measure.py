@@ -29,17 +29,9 @@ from .arena import DECAY_MULTIPLIERS, PAIRS, WIDTHS, Arena, Layout, Recipe
 from .certificate import LINES, Certificate, LineRecord, plan_print, write_certificate
 from .design import Design, FixedDesign
 from .queue import Queue, open_storage
-from .runner import (
-    Arm,
-    Part,
-    as_worker,
-    job_for,
-    resized,
-    share_out,
-    start_worker,
-    with_end_point,
-)
+from .resolve import Arm, job_for, resized, with_end_point
 from .transfer import transfer
+from .work import Part, as_worker, share_out, start_worker
 
 
 @dataclass(frozen=True)
