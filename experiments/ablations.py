@@ -60,6 +60,8 @@ class Config:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         # CHANGED: to the end of the method
+        if not self.rotary and self.rotary_base != 10000.0:
+            raise ValueError("rotary_base does nothing without rotary")
         if not 0 <= self.random_tokens < 1:
             raise ValueError(f"random_tokens {self.random_tokens} is not in [0, 1)")
         if self.attention_every < 1:
@@ -146,11 +148,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.num_heads = c.num_heads
         self.dropout = c.dropout
-        # CHANGED: to proj
-        self.rotary = c.rotary
-        self.query = Linear(c.embed_dim, c.embed_dim, noise=c.start_noise)
-        self.key = Linear(c.embed_dim, c.embed_dim, noise=c.start_noise)
-        self.value = Linear(c.embed_dim, c.embed_dim, noise=c.start_noise)
+        self.rotary = c.rotary  # CHANGED
+        self.query = Linear(c.embed_dim, c.embed_dim, noise=c.start_noise)  # CHANGED
+        self.key = Linear(c.embed_dim, c.embed_dim, noise=c.start_noise)  # CHANGED
+        self.value = Linear(c.embed_dim, c.embed_dim, noise=c.start_noise)  # CHANGED
         self.proj = Linear(c.embed_dim, c.embed_dim, zero=True)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
@@ -158,12 +159,8 @@ class Attention(nn.Module):
         q = self.query(x).unflatten(-1, head_shape).transpose(1, 2)  # (B, H, t, h)
         k = self.key(x).unflatten(-1, head_shape).transpose(1, 2)
         v = self.value(x).unflatten(-1, head_shape).transpose(1, 2)
-        # CHANGED: to the next comment
-        q, k = norm(q), norm(k)
-        if self.rotary:
-            q = rotate(q, rotary)
-            k = rotate(k, rotary)
-        # as in modern
+        q = rotate(norm(q), rotary) if self.rotary else norm(q)  # CHANGED
+        k = rotate(norm(k), rotary) if self.rotary else norm(k)  # CHANGED
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
         out = causal_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)

@@ -7,7 +7,7 @@ A mark covers, by its form:
     # CHANGED: to NAME               what follows, up to the definition of NAME
     # CHANGED: to the end            what follows, up to the end of the block
 
-Module docstring, imports, comments, BASELINE and VARIANTS need no marks.
+Module docstring, imports, comments, BASELINE, VARIANTS, KNOWN_HARMFUL and KNOWN_EQUAL need none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 MARK = re.compile(r"#\s*CHANGED\b(?P<text>.*)$")
 UP_TO = re.compile(r"\bto (?P<name>[A-Za-z_]\w*)\s*$")
 TO_THE_END = re.compile(r"\bto the end\b")
-UNMARKED_NAMES = {"BASELINE", "VARIANTS"}
+UNMARKED_NAMES = {"BASELINE", "VARIANTS", "KNOWN_HARMFUL", "KNOWN_EQUAL"}
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,10 @@ def test_command_writes_figures_table_and_csv(
     expected = {
         f"log_{d}{m}.{out_type}" for d in ("", "diff_") for m in ("loss", "accuracy", "bpb")
     }
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == expected | {"final.csv"}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == expected | {
+        "final.csv",
+        f"answer.{out_type}",
+    }
     assert all(p.stat().st_size > 1000 for p in (tmp_path / "figures").glob("log_*"))
     table = pd.read_csv(tmp_path / "figures" / "final.csv").set_index("run")
     assert table.loc["ue-s0", "loss_difference"] == pytest.approx(-0.125)
