@@ -11,6 +11,7 @@ deviation 1, where gelu bends; W1 and W2 are scaled so that e starts with deviat
 table does. Training-only parameters: V m D for the table, (m + 1) D² + 2 D for the network.
 
 The claim (to be tested): wider is better, as ue.py says of GPT-2.
+Result so far (2026-11-28, docs/results.md): on the plan sketch HARMFUL, -.045 nats.
 Source: https://github.com/jmward01/lmplay (unified embeddings 1.0 to 1.4).
 """
 

@@ -8,6 +8,7 @@ values are the only part of attention whose size is free.
 It folds into nothing: the norm stays in use. Parameters: 2 h per block more than modern.
 
 The claim (to be tested): it trains faster, as value_norm.py says of GPT-2.
+Result so far (2026-11-28, docs/results.md): on the plan sketch UNDECIDED after twelve pairs, -.002.
 Source: https://github.com/jmward01/lmplay (value norm).
 """
 

@@ -13,8 +13,8 @@ Differs from gpt2ish in the lines marked CHANGED; costs h gains and h biases a b
 that is normalised, and no time that could be measured.
 
 The claim (to be tested): a small gain for nearly no cost; norms on keys or queries hurt.
-Result so far (2026-11-22, docs/results.md): on the plan laptop worse than gpt2ish by .387 to .410
-nats per token, seeds 0 to 3; lmp_trial on the plan sketch: HARMFUL, -.50 at its own best rate.
+Result so far (2026-11-28, docs/results.md): on the plan sketch, with Muon, REAL (+.025 nats) from
+GPT-2's initialization and WITHIN NOISE from torch's. It was HARMFUL (-.50) in an older arena.
 Source: https://github.com/jmward01/lmplay (normv).
 """
 

@@ -7,6 +7,7 @@ Verdicts come from trials; runs without a trial are drawn hollow, and claim noth
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import matplotlib
 
 from ..trial.certificate import Certificate
 from .compare import Comparison
-from .figures import THEMES, save, settings
+from .figures import THEMES, TITLE_WIDTH, save, settings
 from .page.gather import TrialReport
 from .palette import COLORS, GREY
 
@@ -101,7 +102,8 @@ def draw_answer(
         ax.set_ylim(-0.7, len(ranked) - 0.3)
         ax.set_xlabel(f"gain over {baseline}, nats per token (right is better)")
         ax.grid(True, axis="x", lw=0.6)
-        figure.suptitle(_title(plan, baseline, ranked), x=0.01, ha="left", fontweight="bold")
+        title = "\n".join(textwrap.wrap(_title(plan, baseline, ranked), TITLE_WIDTH))
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
         figure.supxlabel(_caption(certificate), x=0.01, ha="left", fontsize=8.5)
         save(figure, path)
 
@@ -127,7 +129,7 @@ def _caption(certificate: Certificate | None) -> str:
     elif certificate.smallest_gain is not None:
         unlike = certificate.smallest_gain_unlike
         lines.append(
-            "Grey: gains that nine pairs cannot show here: dark, between models that are like "
+            "Grey: gains that nine pairs may miss here: dark, between models that are like "
             f"each other ({certificate.smallest_gain:.4f} nats)"
             + (f"; light, between unlike ones ({unlike:.3f})" if unlike else "")
             + f". Certified {certificate.date}."
