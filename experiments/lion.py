@@ -11,7 +11,7 @@ b1, b2 are .9 and .99. The paper advises a rate 3 to 10 times smaller than AdamW
 decay larger by as much.
 
 The claim (to be tested): better than AdamW at the same number of tokens.
-Result so far: none; no trial was run yet.
+Result so far (2026-11-28, docs/results.md): on the plan sketch UNDECIDED after twelve pairs, -.014.
 """
 
 from __future__ import annotations

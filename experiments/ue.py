@@ -25,8 +25,8 @@ Training-only parameters: V m D for the table, m k D² + k D² for the network. 
 8 that is 309 M and 5.3 M, against the baseline's 120.6 M.
 
 The claim (to be tested): 6 blocks with UE beat 12 without; wider is better.
-Result so far (2026-11-28, docs/results.md): on the plan sketch, with Muon, HARMFUL (-.014 nats) from
-GPT-2's initialization and REAL (+.043) from torch's.
+Result so far (2026-11-28, docs/results.md): on the plan sketch, with Muon, HARMFUL (-.014 nats)
+from GPT-2's initialization and REAL (+.043) from torch's.
 Source: https://github.com/jmward01/lmplay (unified embeddings 1.0 to 1.4).
 """
 

@@ -102,7 +102,7 @@ def draw_answer(
         ax.set_ylim(-0.7, len(ranked) - 0.3)
         ax.set_xlabel(f"gain over {baseline}, nats per token (right is better)")
         ax.grid(True, axis="x", lw=0.6)
-        title = "\n".join(textwrap.wrap(_title(plan, baseline, ranked), TITLE_WIDTH))
+        title = "\n".join(textwrap.wrap(_title(plan, baseline, ranked), TITLE_WIDTH - 10))
         figure.suptitle(title, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
         figure.supxlabel(_caption(certificate), x=0.01, ha="left", fontsize=8.5)
         save(figure, path)
