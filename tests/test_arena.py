@@ -113,6 +113,29 @@ def test_each_line_fails_where_it_should(
     assert lines[failing].passed is False, lines[failing].sentence
 
 
+def test_runs_that_diverge_leave_a_certificate_that_json_can_hold() -> None:
+    """A learning rate that is far off may well diverge: that is a known answer, not a crash."""
+    results: dict[str, Result] = {}
+    while units := Arena(LAYOUT, design(), results).needed():
+        for unit in units:
+            lost = unit.lr_multiplier == 4.0
+            results[unit.key] = replace(world(unit), loss=math.inf) if lost else world(unit)
+    state = Arena(LAYOUT, design(), results)
+    lines = {line.name: line for line in state.measured()}
+    assert lines["known answers"].passed
+    assert "learning rate x 4 diverged" in lines["known answers"].sentence
+    assert lines["tuned"].passed
+    json.dumps(state.report(), allow_nan=False)
+    results = {
+        k: replace(r, loss=math.inf) if " base " in k or "again" in k else r
+        for k, r in results.items()
+    }
+    state = Arena(LAYOUT, design(), results)
+    assert not any(line.passed for line in state.measured())
+    assert "the baseline diverged: pair base s0" in state.measured()[0].sentence
+    json.dumps(state.report(), allow_nan=False)
+
+
 def test_a_line_with_missing_runs_is_open() -> None:
     results = {u.key: world(u) for u in Arena(LAYOUT, design(), {}).needed()}
     lines = {line.name: line for line in Arena(LAYOUT, design(), results).measured()}

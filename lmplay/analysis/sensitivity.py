@@ -93,10 +93,10 @@ def _draw_arm(
         if not points:
             continue
         x, y = zip(*points, strict=True)
-        whole = share == last
+        is_full = share == last
         style = "o-" if joined else "o"
-        label = arm if whole else None
-        ax.plot(x, y, style, color=color, ms=5, alpha=1 if whole else FAINT, label=label)
-        if whole:
+        label = arm if is_full else None
+        ax.plot(x, y, style, color=color, ms=5, alpha=1 if is_full else FAINT, label=label)
+        if is_full:
             best = min(points, key=lambda p: p[1])
             ax.plot(*best, "*", color=color, ms=14)

@@ -78,6 +78,32 @@ def add_threads(parser: argparse.ArgumentParser, default: str = "all cores") -> 
     )
 
 
+def add_work(p: argparse.ArgumentParser) -> None:
+    """Add the options of commands whose runs several processes share."""
+    p.add_argument(
+        "--workers",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="processes on this machine (1)",
+    )
+    p.add_argument(
+        "--storage",
+        metavar="PATH|URL",
+        help="where the work is shared: a journal file, or a database's URL",
+    )
+    p.add_argument(
+        "--mini-batch-size",
+        type=positive_int,
+        metavar="N",
+        help="sequences in a forward pass (4)",
+        default=4,
+    )
+    add_device(p)
+    add_threads(p, "of each worker: OMP_NUM_THREADS, or all cores among the workers")
+    add_amp(p)
+
+
 def add_out(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Add --out, the folder for runs."""
     parser.add_argument(

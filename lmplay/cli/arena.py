@@ -35,24 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--status", action="store_true", help="make no runs; write and show what is known so far"
     )
-    p.add_argument(
-        "--workers",
-        type=_args.positive_int,
-        default=1,
-        metavar="N",
-        help="processes on this machine (1)",
-    )
-    p.add_argument("--storage", metavar="PATH|URL", help="where the work is shared")
-    p.add_argument(
-        "--mini-batch-size",
-        type=_args.positive_int,
-        metavar="N",
-        help="sequences in a forward pass (4)",
-        default=4,
-    )
-    _args.add_device(p)
-    _args.add_threads(p, "of each worker: OMP_NUM_THREADS, or all cores among the workers")
-    _args.add_amp(p)
+    _args.add_work(p)
     _args.add_out(p, "where runs are kept")
     return p
 

@@ -72,12 +72,12 @@ class ProbeSource(Source):
             "train": (1, read),
         }.items():
             progress(f"generating {sequences} sequences of the probe {self.task}", None)
-            # Whole chunks, so that a longer run reads the same sequences first.
+            # Full chunks, so that a longer run reads the same sequences first.
             chunks = [
                 self.generate(np.random.default_rng([self.seed, number, chunk]), CHUNK, length)
                 for chunk in range(math.ceil(sequences / CHUNK))
             ]
-            # One more token, so that the last sequence is whole.
+            # One more token, so that the last sequence is complete.
             size = sequences * length
             ids = np.append(np.concatenate([i.ravel() for i, _ in chunks])[:size], SYMBOLS[0])
             mask = np.append(np.concatenate([m.ravel() for _, m in chunks])[:size], False)

@@ -291,11 +291,17 @@ class Arena:
         words = {}
         for arm, differences in found.items():
             finite = all(map(math.isfinite, differences))
-            words[arm] = self.verdict(differences).word if finite else HARMFUL  # it diverged
+            words[arm] = self.verdict(differences).word if finite else HARMFUL
         passed = all(word == HARMFUL for word in words.values())
-        spread = {arm: float(np.std(d, ddof=1)) for arm, d in found.items()}
-        unlike = float(np.median(list(spread.values())))
-        parts = [f"{a} {w} by {np.mean(found[a]):+.3f} ± {spread[a]:.3f}" for a, w in words.items()]
+        ended = {arm: d for arm, d in found.items() if all(map(math.isfinite, d))}
+        spread = {arm: float(np.std(d, ddof=1)) for arm, d in ended.items()}
+        unlike = float(np.median(list(spread.values()))) if spread else math.nan
+        parts = [
+            f"{a} {w} by {np.mean(found[a]):+.3f} ± {spread[a]:.3f}"
+            if a in ended
+            else f"{a} diverged"
+            for a, w in words.items()
+        ]
         return Line(
             "known answers",
             passed,
@@ -308,7 +314,7 @@ class Arena:
 
     def report(self) -> dict[str, Any]:
         """Return the lines that are measured so far, as JSON."""
-        return {"lines": {line.name: _as_json(line) for line in self.measured()}}
+        return {"lines": {line.name: as_json(line) for line in self.measured()}}
 
     def measured(self) -> list[Line]:
         """Return every line; one whose runs are missing says how many."""
@@ -317,9 +323,17 @@ class Arena:
             missing = sum(u.key not in self.results for u in dict.fromkeys(units))
             if missing:
                 found.append(Line(name, None, f"not measured: {missing} runs are missing", {}))
+            elif lost := self._baseline_that_diverged(units):
+                found.append(Line(name, False, f"the baseline diverged: {lost}", {}))
             else:
                 found.append(read())
         return found
+
+    def _baseline_that_diverged(self, units: Sequence[Unit]) -> str:
+        """Return the first run of the baseline, at its own rates, that diverged; "" if none did."""
+        own = (self.layout.baseline, *self.layout.equal)
+        ended = [u for u in units if u.arm in own and u.lr_multiplier == 1]
+        return next((u.key for u in ended if not math.isfinite(self.results[u.key].loss)), "")
 
 
 def _optimum(
@@ -334,6 +348,8 @@ def _optimum(
     by_value = {m: np.array(losses) for m, losses in curve}
     best = min(by_value, key=lambda m: by_value[m].mean())
     ends = [m for m in (min(by_value), max(by_value)) if m != natural_end]
+    if not np.isfinite(by_value[1.0]).all():
+        return "diverged", False
     difference = by_value[1.0] - by_value[best]
     error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
     if best == 1.0:
@@ -356,5 +372,15 @@ def _plain(values: np.ndarray) -> list[float]:
     return [float(v) for v in values]
 
 
-def _as_json(line: Line) -> dict[str, Any]:
-    return {"passed": line.passed, "sentence": line.sentence, **line.numbers}
+def _finite(value: Any) -> Any:
+    """Return the value with None for what JSON cannot hold: the loss of a run that diverged."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def as_json(line: Line) -> dict[str, Any]:
+    """Return a line as a certificate keeps it."""
+    return {"passed": line.passed, "sentence": line.sentence, **_finite(line.numbers)}

@@ -158,7 +158,7 @@ def valid(
 
     Args:
         path: the plan's file.
-        plan: the plan as it is used, with the budget that it is used with.
+        plan: with the budget of this machine, or the one that the user gave.
         precision: fp32, bf16 or fp16.
     """
     try:

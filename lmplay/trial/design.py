@@ -65,8 +65,8 @@ class FixedDesign:
 
     against, arms: variants, followed by their settings, as in "NAME-optimizer.name=muon".
     context: name of the plan's context, "" for the plan's own recipe.
-    knobs: by arm and setting that is tuned: the range in which it is tried. whole: those that are
-        whole numbers.
+    knobs: by arm and setting that is tuned: the range in which it is tried. integers: those
+        that are integers.
     noise: the paired standard deviation of the plan's certificate; None if it has none.
     data: fingerprint of the tokens. sources: digest of each arm's file.
     """
@@ -91,7 +91,7 @@ class FixedDesign:
     screen: bool = False
     noise: float | None = None
     tune_tries: int = 0
-    whole: tuple[str, ...] = ()
+    integers: tuple[str, ...] = ()
     knobs: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
     @property

@@ -25,7 +25,7 @@ from ..errors import LmplayError, did_you_mean
 from ..plan import Plan, find_plan, load_plan
 from ..threads import given
 from ..training.run_folder import make_out
-from .arena import DECAY_MULTIPLIERS, PAIRS, WIDTHS, Arena, Layout, Recipe
+from .arena import DECAY_MULTIPLIERS, PAIRS, WIDTHS, Arena, Layout, Recipe, as_json
 from .certificate import LINES, Certificate, LineRecord, plan_print, write_certificate
 from .design import Design, FixedDesign
 from .queue import Queue, open_storage
@@ -178,12 +178,10 @@ class Measurement:
     def certificate(self) -> Certificate:
         """Return what the runs so far say."""
         lines = {line.name: line for line in self.part.state().measured()}
-        records = {
-            name: LineRecord(passed=line.passed, sentence=line.sentence, **line.numbers)
-            for name, line in lines.items()
-        }
+        records = {name: LineRecord.model_validate(as_json(line)) for name, line in lines.items()}
         records["transfer"] = transfer(self.out, self.path.stem, self.larger)
-        sensitivity = lines["sensitivity"].numbers
+        sensitivity = as_json(lines["sensitivity"])
+        known = as_json(lines["known answers"])
         return Certificate(
             plan=plan_print(self.plan),
             arena=recipe.arena_fingerprint(self.plan),
@@ -196,7 +194,7 @@ class Measurement:
             tokens=self.part.design.tokens,
             minutes_per_run=sensitivity.get("minutes_per_run"),
             smallest_gain=sensitivity.get("smallest_gain"),
-            smallest_gain_unlike=lines["known answers"].numbers.get("smallest_gain_unlike"),
+            smallest_gain_unlike=known.get("smallest_gain_unlike"),
             deviation_paired=sensitivity.get("deviation_paired"),
             lines={name: records[name] for name in LINES},
         )

@@ -19,7 +19,7 @@ from ..errors import LmplayError, did_you_mean
 from ..plan import Plan, find_plan, load_plan
 from ..training.progress import Reporter
 from ..training.run import Job, RunOptions
-from .certificate import valid
+from .certificate import Certificate, valid
 from .design import BUDGETS, CONTROLS, Design, FixedDesign
 from .statistics import MOST_PAIRS
 from .tuning import try_range
@@ -112,10 +112,7 @@ def contexts_of(design: Design) -> tuple[str, ...]:
 
 def quoted(design: Design, fixed: FixedDesign) -> dict[str, Any]:
     """Return what the plan's certificate says, for a report."""
-    path = find_plan(design.training_plan)
-    plan = load_plan(path).with_budget(design.tokens, None, None)
-    plan = plan.for_precision(fixed.device, fixed.precision)
-    found, sentence = valid(path, plan, fixed.precision, fixed.device)
+    found, sentence, plan = _certificate(design, fixed.device, fixed.precision)
     return {
         "sentence": sentence,
         "smallest_gain": found.smallest_gain if found else None,
@@ -193,6 +190,7 @@ def resolve(
     jobs = {against.label: baseline} | {arm.label: jobs[arm.label] for arm in ideas}
     with shared.reporter:
         prepared = prepare(plan, shared.reporter.preparing)
+    certificate, _, _ = _certificate(design, device.type, precision.name)
     fixed = FixedDesign(
         plan=path.stem,
         plan_fingerprint=plan.fingerprint,
@@ -212,9 +210,9 @@ def resolve(
         context=context,
         budget=design.budget,
         screen=design.screen,
-        noise=known_noise(path, design, device.type, precision.name) if design.screen else None,
+        noise=certificate.deviation_paired if design.screen and certificate else None,
         tune_tries=design.tune_tries if design.tune else 0,
-        whole=tuple(k for k in design.tune if _is_whole(baseline.plan, k)),
+        integers=tuple(k for k in design.tune if _is_integer(baseline.plan, k)),
         knobs={label: knob_ranges(job.plan, design.tune) for label, job in jobs.items()}
         if design.tune
         else {},
@@ -222,11 +220,13 @@ def resolve(
     return jobs, fixed
 
 
-def known_noise(path: Path, design: Design, device: str, precision: str) -> float | None:
-    """Return the paired standard deviation of the plan's certificate, if one holds."""
-    plan = load_plan(path).with_budget(design.tokens, None, None)
-    found, _ = valid(path, plan.for_precision(device, precision), precision, device)
-    return found.deviation_paired if found else None
+def _certificate(
+    design: Design, device: str, precision: str
+) -> tuple[Certificate | None, str, Plan]:
+    """Return the certificate that holds for a design, one line about it, and the plan it is for."""
+    path = find_plan(design.training_plan)
+    plan = load_plan(path).with_budget(design.tokens, None, None).for_precision(device, precision)
+    return (*valid(path, plan, precision, device), plan)
 
 
 def knob_ranges(plan: Plan, keys: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -260,7 +260,7 @@ def _value_of(plan: Plan, key: str) -> float:
     return float(value)
 
 
-def _is_whole(plan: Plan, key: str) -> bool:
+def _is_integer(plan: Plan, key: str) -> bool:
     part, _, name = key.partition(".")
     return isinstance(getattr(getattr(plan, part), name, None), int)
 

@@ -114,7 +114,7 @@ class TrialState:
         for arm, share in self.shares.items():
             if design.knobs:
                 found[arm] = tune_knobs(
-                    arm, design.knobs[arm], design.whole, design.tune_tries, share, self.results
+                    arm, design.knobs[arm], design.integers, design.tune_tries, share, self.results
                 )
             else:
                 found[arm] = tuning(arm, self.results, share)

@@ -48,7 +48,7 @@ def parsed(text: str) -> dict[str, str]:
 def tune_knobs(
     arm: str,
     ranges: Mapping[str, tuple[float, float]],
-    whole: tuple[str, ...],
+    integers: tuple[str, ...],
     tries: int,
     share: float,
     results: Results,
@@ -60,7 +60,7 @@ def tune_knobs(
 
     Args:
         ranges: by knob, from :func:`try_range`.
-        whole: the knobs that are whole numbers.
+        integers: the knobs that are integers.
         tries: runs of each arm.
         share: of the trial's budget that the arm has.
     """
@@ -75,7 +75,7 @@ def tune_knobs(
     study = optuna.create_study(sampler=sampler)
     space: dict[str, optuna.distributions.BaseDistribution] = {
         knob: optuna.distributions.IntDistribution(max(1, round(low)), round(high), log=True)
-        if knob in whole
+        if knob in integers
         else optuna.distributions.FloatDistribution(low, high, log=True)
         for knob, (low, high) in ranges.items()
     }
