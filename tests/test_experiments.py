@@ -3,6 +3,7 @@ be copied."""
 
 from __future__ import annotations
 
+import ast
 import math
 import signal
 from pathlib import Path
@@ -149,11 +150,12 @@ def test_file_stands_alone(source: discover.ExperimentFile) -> None:
     assert "RESULT" not in source.doc, (
         "the docstring says what came out, or that nothing was run yet"
     )
-    names = [
-        line.split()[1]
-        for line in source.path.read_text().splitlines()
-        if line.startswith(("import ", "from "))
-    ]
+    names = set()
+    for node in ast.walk(ast.parse(source.path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
     standard = {
         "__future__",
         "math",
