@@ -92,13 +92,15 @@ def _could_be(part: str, name: str) -> bool:
 
 
 def _value(value: Any) -> Any:
-    """Return a value as JSON has it; text that is no JSON is itself."""
+    """Return a value as JSON has it. Text is a number if Python reads one (.004), else itself."""
     if not isinstance(value, str):
         return list(value) if isinstance(value, tuple) else value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+    for read in (json.loads, float):
+        try:
+            return read(value)
+        except ValueError:
+            pass
+    return value
 
 
 def _changed(plan: Plan, part: str, values: dict[str, Any], where: str) -> Any:

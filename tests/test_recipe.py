@@ -97,6 +97,12 @@ def test_another_optimizer_starts_from_its_own_defaults(tmp_path: Path) -> None:
     assert getattr(other.optimizer, "other_lr") == 0.5  # noqa: B009 (not of every optimizer)
 
 
+@pytest.mark.parametrize("text", ["0.004", ".004", "4e-3", "4E-03"])
+def test_a_number_may_be_written_as_python_writes_it(tmp_path: Path, text: str) -> None:
+    changed = recipe.apply(tiny(tmp_path), {"optimizer.lr": text}, "--set")
+    assert changed.optimizer.lr == 0.004
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
@@ -105,6 +111,7 @@ def test_another_optimizer_starts_from_its_own_defaults(tmp_path: Path) -> None:
         ("batch.size=8", "batch.size: there is no such setting"),
         ("schedule.name=cosin", "--set schedule.name=cosin: Input should be 'constant'"),
         ("optimizer.lr=fast", "--set optimizer.lr=fast: lr: a number is wanted"),
+        ("optimizer.lr=nan", "--set optimizer.lr=nan: "),
         ("optimizer.lr=-1", "--set optimizer.lr=-1: Input should be greater than 0"),
         ("model.max_len=64", "the length of a sequence is the arena's"),
         ("model.embed_dim=0", "model.embed_dim=0: Input should be greater than 0"),
