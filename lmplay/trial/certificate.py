@@ -75,8 +75,9 @@ class Certificate(BaseModel):
         return [n for n in LINES if n not in self.lines or self.lines[n].passed is None]
 
     def sentence(self) -> str:
-        """Return it in one line."""
-        parts = [f"certified {self.date} in {self.precision}"]
+        """Return it in one line: "certified" if all lines but transfer passed, else "measured"."""
+        passed = not self.failed() and set(self.missing()) <= {"transfer"}
+        parts = [f"{'certified' if passed else 'measured'} {self.date} in {self.precision}"]
         counting = self.lines.get("beyond counting")
         if counting is not None and counting.passed is not None:
             parts.append("beyond counting" if counting.passed else "NOT beyond counting")
