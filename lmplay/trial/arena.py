@@ -24,8 +24,10 @@ from .statistics import HARMFUL, REAL, Verdict, judge, t_interval
 
 PAIRS = 9  # the fewest with which the exact test can say REAL or HARMFUL at two looks
 TRIAL_PAIRS = 20  # pairs at most in a trial by default, which decides what a look may spend
+PLANTED_PAIRS = 8  # the fewest with which the exact test can, at one look
 TUNING_SEEDS = 2
-LR_MULTIPLIERS = (0.25, 0.5, 1.0, 2.0, 4.0)
+LR_MULTIPLIERS = (0.5, 1.0, 2.0)
+LR_ENDS = {0.5: 0.25, 2.0: 4.0}  # what is tried as well if the best rate so far is at an end
 DECAY_MULTIPLIERS = (0.0, 1.0, 10.0)
 WIDTHS = (0.5, 1.0, 2.0)
 WIDTH_LR_MULTIPLIERS = (0.5, 1.0, 2.0)
@@ -104,10 +106,11 @@ class Arena:
             for m in WIDTH_LR_MULTIPLIERS
             for s in range(TUNING_SEEDS)
         ]
-        planted = [self.base(s, share=share) for share in (SHORTER, LONGER) for s in seeds]
+        few = range(PLANTED_PAIRS)
+        planted = [self.base(s, share=share) for share in (SHORTER, LONGER) for s in few]
         curve = [self.base(s, share=share) for share in CURVE for s in range(TUNING_SEEDS)]
-        known = [Unit("pair", arm, s) for arm in self.layout.harmful for s in seeds]
-        known += [self.base(s, LR_OFF) for s in seeds]
+        known = [Unit("pair", arm, s) for arm in self.layout.harmful for s in few]
+        known += [self.base(s, LR_OFF) for s in few]
         return [
             ("beyond counting", base, self._beyond_counting),
             ("tuned", tuned, self._tuned),
@@ -119,8 +122,17 @@ class Arena:
 
     def _tuning_units(self, recipe: Recipe) -> list[Unit]:
         seeds = range(TUNING_SEEDS)
-        units = [Unit("pair", recipe.arm, s, m) for m in LR_MULTIPLIERS for s in seeds]
+        units = [Unit("pair", recipe.arm, s, m) for m in self._rates(recipe) for s in seeds]
         return units + [Unit("pair", arm, s) for arm in recipe.decays.values() for s in seeds]
+
+    def _rates(self, recipe: Recipe) -> list[float]:
+        """Return the multiples of a recipe's learning rate to try, by the results so far."""
+        seeds = range(TUNING_SEEDS)
+        units = {m: [Unit("pair", recipe.arm, s, m) for s in seeds] for m in LR_MULTIPLIERS}
+        if any(u.key not in self.results for of_rate in units.values() for u in of_rate):
+            return list(LR_MULTIPLIERS)
+        best = min(units, key=lambda m: self._losses(units[m]).mean())
+        return sorted({*LR_MULTIPLIERS, LR_ENDS.get(best, best)})
 
     def needed(self) -> list[Unit]:
         """Return the missing runs of the first line that is not complete; [] if all are."""
@@ -134,15 +146,16 @@ class Arena:
     def _losses(self, units: Sequence[Unit]) -> np.ndarray:
         return np.array([self.results[u.key].loss for u in units])
 
-    def differences(self, arm: str) -> list[float]:
-        """Return an arm's end points minus the baseline's, at the plan's rates and budget."""
-        units = [Unit("pair", arm, s) for s in range(PAIRS)]
-        own = self._losses(units) - self._losses([self.base(s) for s in range(PAIRS)])
-        return [float(d) for d in own]
+    def differences(
+        self, arm: str, pairs: int, multiplier: float = 1.0, share: float = 1.0
+    ) -> list[float]:
+        """Return an arm's end points minus the baseline's at the plan's rates and budget."""
+        units = [Unit("pair", arm, s, multiplier, share) for s in range(pairs)]
+        return _plain(self._losses(units) - self._losses([self.base(s) for s in range(pairs)]))
 
     def deviation(self) -> float:
         """Return the standard deviation of a pair that differs by nothing that matters."""
-        squares = [np.var(self.differences(arm), ddof=1) for arm in self.layout.equal]
+        squares = [np.var(self.differences(arm, PAIRS), ddof=1) for arm in self.layout.equal]
         return float(np.sqrt(np.mean(squares)))
 
     def minutes(self) -> float:
@@ -172,9 +185,11 @@ class Arena:
         return float(np.polyval(quadratic, math.log(share)))
 
     def verdict(self, differences: Sequence[float]) -> Verdict:
-        """Return the word for one arm of PAIRS pairs, as a trial gives it at its first look."""
+        """Return the word for one arm: at the first look of a trial after PAIRS pairs, else at the
+        only one."""
         design = self.design
-        return judge({"": differences}, design.smallest_effect, TRIAL_PAIRS, design.level)[""]
+        most = TRIAL_PAIRS if len(differences) == PAIRS else len(differences)
+        return judge({"": differences}, design.smallest_effect, most, design.level)[""]
 
     def _beyond_counting(self) -> Line:
         losses = self._losses([self.base(s) for s in range(PAIRS)])
@@ -198,7 +213,7 @@ class Arena:
         passed = True
         curves = {}
         for recipe in self.layout.recipes:
-            rates = self._curve({m: (recipe.arm, m) for m in LR_MULTIPLIERS})
+            rates = self._curve({m: (recipe.arm, m) for m in self._rates(recipe)})
             decays = self._curve({m: (arm, 1.0) for m, arm in recipe.decays.items()})
             curves[recipe.name] = {"lr": rates, "weight_decay": decays}
             of_rate, rate_passes = _optimum(rates, natural_end=None)
@@ -255,39 +270,37 @@ class Arena:
                 "smallest_gain": gain,
                 "smallest_gain_tokens_percent": tokens,
                 "minutes_per_run": minutes,
-                "differences": {arm: self.differences(arm) for arm in self.layout.equal},
+                "differences": {arm: self.differences(arm, PAIRS) for arm in self.layout.equal},
             },
         )
 
     def _planted(self) -> Line:
-        base = self._losses([self.base(s) for s in range(PAIRS)])
         passed = True
         parts = []
         numbers = {}
         for share, word in ((SHORTER, HARMFUL), (LONGER, REAL)):
-            own = self._losses([self.base(s, share=share) for s in range(PAIRS)]) - base
-            verdict = self.verdict(_plain(own))
+            own = self.differences(self.layout.baseline, PLANTED_PAIRS, share=share)
+            verdict = self.verdict(own)
             expected = self.predicted(share)
-            low, high = t_interval(_plain(own), 1 - self.design.level)
+            low, high = t_interval(own, 1 - self.design.level)
             # The prediction has the curve's own error, which is about a tenth of it.
             near = low - 0.1 * abs(expected) <= expected <= high + 0.1 * abs(expected)
             passed = passed and verdict.word == word and near
             parts.append(
-                f"{share:.0%} of the tokens {verdict.word} by {own.mean():+.4f} nats (its curve "
+                f"{share:.0%} of the tokens {verdict.word} by {np.mean(own):+.4f} nats (its curve "
                 f"predicts {expected:+.4f})"
             )
-            numbers[f"{share:g}"] = {"differences": _plain(own), "predicted": expected}
+            numbers[f"{share:g}"] = {"differences": own, "predicted": expected}
         for arm in self.layout.equal:
-            verdict = self.verdict(self.differences(arm))
+            verdict = self.verdict(self.differences(arm, PAIRS))
             passed = passed and verdict.word not in (REAL, HARMFUL)
             parts.append(f"{arm} {verdict.word}")
         return Line("planted effects", passed, "; ".join(parts), numbers)
 
     def _known(self) -> Line:
-        base = self._losses([self.base(s) for s in range(PAIRS)])
-        found = {arm: self.differences(arm) for arm in self.layout.harmful}
-        off = self._losses([self.base(s, LR_OFF) for s in range(PAIRS)]) - base
-        found[f"learning rate x {LR_OFF:g}"] = _plain(off)
+        found = {arm: self.differences(arm, PLANTED_PAIRS) for arm in self.layout.harmful}
+        off = self.differences(self.layout.baseline, PLANTED_PAIRS, LR_OFF)
+        found[f"learning rate x {LR_OFF:g}"] = off
         words = {}
         for arm, differences in found.items():
             finite = all(map(math.isfinite, differences))
