@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .api import IGNORE, Batch, ModelRunner
+from .api import IGNORE, Batch, ModelRunner, StepOut
 from .discover import Experiment, find, load
 from .model import build_model, parameter_counts, without_gradient
 from .training import checkpoint
@@ -97,11 +97,19 @@ def check_experiment(
         check(subject)
 
 
+def _objective(out: StepOut, n_tokens: int, share: float) -> Tensor:
+    """Return what is trained on a mini-batch with a share of the sequences of `n_tokens` tokens."""
+    mean = out.loss_sum / n_tokens
+    return mean if out.aux_loss is None else mean + share * out.aux_loss
+
+
 def _gradients(subject: Subject, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
     total = sum(int((b.targets != IGNORE).sum()) for b in batches)
+    sequences = sum(len(b.ids) for b in batches)
     model.zero_grad(set_to_none=True)
     for batch in batches:
-        (subject.runner.step(model, batch).loss_sum / total).backward()
+        out = subject.runner.step(model, batch)
+        _objective(out, total, len(batch.ids) / sequences).backward()
     return {
         name: p.grad.to_dense() if p.grad.is_sparse else p.grad.clone()
         for name, p in model.named_parameters()
@@ -389,7 +397,7 @@ def _signature(s: Subject) -> tuple[Any, ...]:
         min(23, s.config.vocab_size), (4, min(12, s.config.max_len)), generator=generator
     )
     ids = ids.to(s.device)
-    loss = s.runner.step(model, Batch(ids, ids)).loss_sum
+    loss = _objective(s.runner.step(model, Batch(ids, ids)), 1, 1.0)
     loss.backward()
     gradients = tuple(
         float(p.grad.to_dense().abs().sum()) for p in model.parameters() if p.grad is not None
@@ -412,7 +420,7 @@ def check_compiles(s: Subject, backend: str = "inductor") -> None:
     model.zero_grad(set_to_none=True)
     with s.runner.fixed_weights(model):
         out = s.runner.step(compiled, batch)
-        (out.loss_sum / total).backward()
+        _objective(out, total, 1.0).backward()
     assert abs(float(out.loss_sum.detach()) - loss) < 1e-3
     for name, p in model.named_parameters():
         if p.grad is not None:

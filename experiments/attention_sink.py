@@ -1,0 +1,181 @@
+"""Attention sinks: a place outside of the text that a head can attend to.
+
+The idea: softmax gives away all of its weight, so a head that finds nothing puts it on some token.
+A sink takes it (Xiao et al. 2023, arXiv 2309.17453, section 3.3).
+
+    attention over [(k_s, v_s), (k_0, v_0), ...]   k_s, v_s (h) trained for each head, not rotated
+    zero: k_s = v_s = 0, that is exp(s_j) / (1 + sum exp(s_j)), "softmax1", without parameters
+
+Parameters: 2 D per block more than modern (attention_sink), or none (zero_sink).
+
+The claim (to be tested): little changes in the loss; the weights become sparser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmplay.api import KVCache, ModelRunner, causal_attention, dropout
+
+
+@dataclass(frozen=True)
+class Config:
+    num_blocks: int = 6
+    embed_dim: int = 768
+    num_heads: int = 12
+    max_len: int = 1024
+    vocab_size: int = 50257
+    dropout: float = 0.0
+    rotary_base: float = 10000.0  # the longest wavelength is 2 pi of it
+    zero_sink: bool = False  # CHANGED: a sink of zeros instead of a trained one
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % (2 * self.num_heads):
+            raise ValueError(
+                f"rotary positions need heads of an even size: embed_dim {self.embed_dim} is not a "
+                f"multiple of 2 x num_heads {self.num_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias, that starts normal with 1 / sqrt(inputs), or at zero."""
+
+    def __init__(self, in_features: int, out_features: int, zero: bool = False):
+        self.std = 0.0 if zero else in_features**-0.5  # before super().__init__, which uses it
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm without a gain, over the last dimension."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def rotary_table(c: Config, past: int, t: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (t, h/2) of the angles at the positions from `past` on."""
+    half = c.embed_dim // c.num_heads // 2
+    frequencies = c.rotary_base ** (-torch.arange(half, device=like.device) / half)
+    positions = torch.arange(past, past + t, device=like.device)
+    angles = positions.unsqueeze(1) * frequencies
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn dimensions i and i + h/2 of x (B, H, t, h) by the angle of their position."""
+    cos, sin = rotary
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+# CHANGED: to Attention
+class Sink(nn.Module):
+    """A key and a value for each head, (2, 1, H, 1, h)."""
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.pair = nn.Parameter(torch.empty(2, 1, num_heads, 1, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.pair, std=0.02)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
+        self.query = Linear(c.embed_dim, c.embed_dim)
+        self.key = Linear(c.embed_dim, c.embed_dim)
+        self.value = Linear(c.embed_dim, c.embed_dim)
+        self.proj = Linear(c.embed_dim, c.embed_dim, zero=True)
+        # CHANGED
+        self.sink = None if c.zero_sink else Sink(c.num_heads, c.embed_dim // c.num_heads)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        head_shape = (self.num_heads, x.shape[-1] // self.num_heads)  # (H, h)
+        q = self.query(x).unflatten(-1, head_shape).transpose(1, 2)  # (B, H, t, h)
+        k = self.key(x).unflatten(-1, head_shape).transpose(1, 2)
+        v = self.value(x).unflatten(-1, head_shape).transpose(1, 2)
+        q = rotate(norm(q), rotary)
+        k = rotate(norm(k), rotary)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
+        # CHANGED: the sink is position -1, before the text
+        if self.sink is None:
+            sink_k = sink_v = torch.zeros_like(k[:, :, :1])
+        else:
+            sink_k, sink_v = self.sink.pair.to(k.dtype).expand(2, len(k), -1, -1, -1)
+        k = torch.cat([sink_k, k], 2)
+        v = torch.cat([sink_v, v], 2)
+
+        out = causal_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)
+        return dropout(self.proj(out), self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.dropout = c.dropout
+        self.fc1 = Linear(c.embed_dim, 4 * c.embed_dim)
+        self.fc2 = Linear(4 * c.embed_dim, c.embed_dim, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(self.fc2(F.relu(self.fc1(x)).square()), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.attn = Attention(c, layer)
+        self.ff = FeedForward(c)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        x = x + self.attn(norm(x), rotary, cache)
+        return x + self.ff(norm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+        self.tok_embed = Embedding(c.vocab_size, c.embed_dim)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_blocks))
+        self.head = Linear(c.embed_dim, c.vocab_size, zero=True)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, t) -> hidden states (B, t, D); `head` turns them into logits."""
+        x = norm(dropout(self.tok_embed(ids), self.c.dropout, self.training))
+        past = 0 if cache is None else cache.length
+        rotary = rotary_table(self.c, past, ids.shape[1], x)
+        for block in self.blocks:
+            x = block(x, rotary, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return norm(x)
+
+
+class Runner(ModelRunner):
+    Config = Config
+
+    def build(self) -> nn.Module:
+        return Transformer(self.config)
+
+
+BASELINE = "modern"
+
+VARIANTS: dict[str, dict] = {"attention_sink": {}, "zero_sink": {"zero_sink": True}}

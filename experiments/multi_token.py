@@ -1,0 +1,198 @@
+"""Multi-token prediction: in training a second head predicts the token after the next.
+
+The idea: it makes the trunk plan ahead (Gloeckle et al. 2024, arXiv 2404.19737, section 2, with two
+tokens). The second head is one more block on the last state, and shares the output layer.
+
+    loss = CE(head(norm(x)), token + 1) + ahead_weight CE(head(norm(block(x))), token + 2)
+
+The second term is trained and not reported, and folding removes its block. Parameters: 12 D² more
+in training, none in use.
+
+The claim (to be tested): worse for small models, better from some billion parameters on (section
+3.1, figure 3).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmplay.api import (
+    Batch,
+    KVCache,
+    ModelRunner,
+    StepOut,
+    causal_attention,
+    dropout,
+    linear_cross_entropy,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    num_blocks: int = 6
+    embed_dim: int = 768
+    num_heads: int = 12
+    max_len: int = 1024
+    vocab_size: int = 50257
+    dropout: float = 0.0
+    rotary_base: float = 10000.0  # the longest wavelength is 2 pi of it
+    ahead_weight: float = 1.0  # CHANGED: of the loss of the token after the next
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % (2 * self.num_heads):
+            raise ValueError(
+                f"rotary positions need heads of an even size: embed_dim {self.embed_dim} is not a "
+                f"multiple of 2 x num_heads {self.num_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+        # CHANGED: to the end
+        if self.ahead_weight <= 0:
+            raise ValueError(f"ahead_weight {self.ahead_weight} is not above 0")
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias, that starts normal with 1 / sqrt(inputs), or at zero."""
+
+    def __init__(self, in_features: int, out_features: int, zero: bool = False):
+        self.std = 0.0 if zero else in_features**-0.5  # before super().__init__, which uses it
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm without a gain, over the last dimension."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def rotary_table(c: Config, past: int, t: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (t, h/2) of the angles at the positions from `past` on."""
+    half = c.embed_dim // c.num_heads // 2
+    frequencies = c.rotary_base ** (-torch.arange(half, device=like.device) / half)
+    positions = torch.arange(past, past + t, device=like.device)
+    angles = positions.unsqueeze(1) * frequencies
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn dimensions i and i + h/2 of x (B, H, t, h) by the angle of their position."""
+    cos, sin = rotary
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
+        self.query = Linear(c.embed_dim, c.embed_dim)
+        self.key = Linear(c.embed_dim, c.embed_dim)
+        self.value = Linear(c.embed_dim, c.embed_dim)
+        self.proj = Linear(c.embed_dim, c.embed_dim, zero=True)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        head_shape = (self.num_heads, x.shape[-1] // self.num_heads)  # (H, h)
+        q = self.query(x).unflatten(-1, head_shape).transpose(1, 2)  # (B, H, t, h)
+        k = self.key(x).unflatten(-1, head_shape).transpose(1, 2)
+        v = self.value(x).unflatten(-1, head_shape).transpose(1, 2)
+        q = rotate(norm(q), rotary)
+        k = rotate(norm(k), rotary)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
+        out = causal_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)
+        return dropout(self.proj(out), self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.dropout = c.dropout
+        self.fc1 = Linear(c.embed_dim, 4 * c.embed_dim)
+        self.fc2 = Linear(4 * c.embed_dim, c.embed_dim, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(self.fc2(F.relu(self.fc1(x)).square()), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.attn = Attention(c, layer)
+        self.ff = FeedForward(c)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        x = x + self.attn(norm(x), rotary, cache)
+        return x + self.ff(norm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+        self.tok_embed = Embedding(c.vocab_size, c.embed_dim)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_blocks))
+        self.head = Linear(c.embed_dim, c.vocab_size, zero=True)
+        self.ahead: Block | None = Block(c, c.num_blocks)  # CHANGED
+
+    # CHANGED: both
+    def forward(self, ids: Tensor, cache: KVCache | None = None, both: bool = False) -> Any:
+        """ids (B, t) -> hidden states (B, t, D); `head` turns them into logits."""
+        x = norm(dropout(self.tok_embed(ids), self.c.dropout, self.training))
+        past = 0 if cache is None else cache.length
+        rotary = rotary_table(self.c, past, ids.shape[1], x)
+        for block in self.blocks:
+            x = block(x, rotary, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        if both and self.ahead is not None:  # CHANGED: those of the token after the next as well
+            return norm(x), norm(self.ahead(x, rotary, None))
+        return norm(x)
+
+
+class Runner(ModelRunner):
+    Config = Config
+
+    def build(self) -> nn.Module:
+        return Transformer(self.config)
+
+    # CHANGED: to the end
+    training_only = ("ahead.*",)
+
+    def step(self, model: nn.Module, batch: Batch) -> StepOut:
+        head: Any = model.head
+        if not model.training or model.ahead is None:  # it is folded
+            return super().step(model, batch)
+        x, ahead = model(batch.ids, both=True)
+        out = linear_cross_entropy(x, head, batch.targets)
+        # A mean over sequences of means over their tokens, so that mini-batches do not matter.
+        means = []
+        for of_sequence, targets in zip(ahead[:, :-1], batch.targets[:, 1:], strict=True):
+            of_ahead = linear_cross_entropy(of_sequence.unsqueeze(0), head, targets.unsqueeze(0))
+            means.append(of_ahead.loss_sum / of_ahead.n_tokens.clamp(min=1))
+        out.aux_loss = self.config.ahead_weight * torch.stack(means).mean()
+        return out
+
+    def fold(self, model: nn.Module) -> nn.Module:
+        folded: Any = copy.deepcopy(model)
+        folded.ahead = None
+        return folded
+
+
+BASELINE = "modern"
+
+VARIANTS: dict[str, dict] = {"multi_token": {}}

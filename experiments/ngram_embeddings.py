@@ -1,0 +1,204 @@
+"""Hashed n-gram embeddings: a token's input also says which tokens came just before it.
+
+The idea: a table is cheap to look up, so it may know pairs and triples of tokens and leave the
+network more to do than to count (Pagnoni et al. 2024, arXiv 2412.09871, section 3.2.1, for bytes;
+Huang et al. 2025, arXiv 2501.16975, for tokens).
+
+    x_i = norm(E[t_i] + E2[hash(t_i-1, t_i)] + E3[hash(t_i-2, t_i-1, t_i)])
+    E2, E3 (buckets V, D) trained;   hash(...) = (sum of t_i-k p^k) mod buckets V
+
+Tables start at 0 with E as modern's. Parameters: 2 buckets V D more, next to no time. Before the
+first token of a sequence there is token 0.
+
+The claim (to be tested): a gain that shrinks with size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmplay.api import KVCache, ModelRunner, causal_attention, dropout
+
+
+@dataclass(frozen=True)
+class Config:
+    num_blocks: int = 6
+    embed_dim: int = 768
+    num_heads: int = 12
+    max_len: int = 1024
+    vocab_size: int = 50257
+    dropout: float = 0.0
+    rotary_base: float = 10000.0  # the longest wavelength is 2 pi of it
+    buckets: int = 8  # CHANGED: rows of each table, in vocab_size
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % (2 * self.num_heads):
+            raise ValueError(
+                f"rotary positions need heads of an even size: embed_dim {self.embed_dim} is not a "
+                f"multiple of 2 x num_heads {self.num_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+        # CHANGED: to the end
+        if self.buckets < 1:
+            raise ValueError(f"buckets {self.buckets} is not 1 or more")
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias, that starts normal with 1 / sqrt(inputs), or at zero."""
+
+    def __init__(self, in_features: int, out_features: int, zero: bool = False):
+        self.std = 0.0 if zero else in_features**-0.5  # before super().__init__, which uses it
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm without a gain, over the last dimension."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def rotary_table(c: Config, past: int, t: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (t, h/2) of the angles at the positions from `past` on."""
+    half = c.embed_dim // c.num_heads // 2
+    frequencies = c.rotary_base ** (-torch.arange(half, device=like.device) / half)
+    positions = torch.arange(past, past + t, device=like.device)
+    angles = positions.unsqueeze(1) * frequencies
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn dimensions i and i + h/2 of x (B, H, t, h) by the angle of their position."""
+    cos, sin = rotary
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.num_heads = c.num_heads
+        self.dropout = c.dropout
+        self.query = Linear(c.embed_dim, c.embed_dim)
+        self.key = Linear(c.embed_dim, c.embed_dim)
+        self.value = Linear(c.embed_dim, c.embed_dim)
+        self.proj = Linear(c.embed_dim, c.embed_dim, zero=True)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        head_shape = (self.num_heads, x.shape[-1] // self.num_heads)  # (H, h)
+        q = self.query(x).unflatten(-1, head_shape).transpose(1, 2)  # (B, H, t, h)
+        k = self.key(x).unflatten(-1, head_shape).transpose(1, 2)
+        v = self.value(x).unflatten(-1, head_shape).transpose(1, 2)
+        q = rotate(norm(q), rotary)
+        k = rotate(norm(k), rotary)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, T, h)
+        out = causal_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, t, D)
+        return dropout(self.proj(out), self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.dropout = c.dropout
+        self.fc1 = Linear(c.embed_dim, 4 * c.embed_dim)
+        self.fc2 = Linear(4 * c.embed_dim, c.embed_dim, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(self.fc2(F.relu(self.fc1(x)).square()), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.attn = Attention(c, layer)
+        self.ff = FeedForward(c)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        x = x + self.attn(norm(x), rotary, cache)
+        return x + self.ff(norm(x))
+
+
+# CHANGED: to Transformer
+PRIME = 1_000_003
+
+
+class GramTable(nn.Embedding):
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class TokenCache(KVCache):
+    """Keys and values, and the last two tokens (B, 2)."""
+
+    tokens: Tensor
+
+
+class Transformer(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+        self.tok_embed = Embedding(c.vocab_size, c.embed_dim)
+        rows = c.buckets * c.vocab_size  # CHANGED
+        self.grams = nn.ModuleList(GramTable(rows, c.embed_dim) for _ in range(2))  # CHANGED
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_blocks))
+        self.head = Linear(c.embed_dim, c.vocab_size, zero=True)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, t) -> hidden states (B, t, D); `head` turns them into logits."""
+        x = norm(dropout(self.embed(ids, cache), self.c.dropout, self.training))  # CHANGED
+        past = 0 if cache is None else cache.length
+        rotary = rotary_table(self.c, past, ids.shape[1], x)
+        for block in self.blocks:
+            x = block(x, rotary, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return norm(x)
+
+    # CHANGED: to the end
+    def embed(self, ids: Tensor, cache: KVCache | None) -> Tensor:
+        """ids (B, t) -> (B, t, D)."""
+        t = ids.shape[1]
+        before = cache.tokens if isinstance(cache, TokenCache) else ids.new_zeros(len(ids), 2)
+        text = torch.cat([before, ids], 1)  # (B, 2 + t)
+        if isinstance(cache, TokenCache):
+            cache.tokens = text[:, -2:]
+        x = self.tok_embed(ids)
+        hashed = ids
+        for back, table in enumerate(self.grams, start=1):
+            hashed = hashed + text[:, 2 - back : 2 - back + t] * PRIME**back
+            x = x + table(hashed % table.num_embeddings)
+        return x
+
+
+class Runner(ModelRunner):
+    Config = Config
+
+    def build(self) -> nn.Module:
+        return Transformer(self.config)
+
+    # CHANGED: to the end
+    def new_cache(self, model: nn.Module, batch_size: int, max_len: int) -> TokenCache:
+        c = self.config
+        like = next(model.parameters())
+        head_dim = c.embed_dim // c.num_heads
+        cache = TokenCache(c.num_blocks, batch_size, c.num_heads, max_len, head_dim, like)
+        cache.tokens = torch.zeros(batch_size, 2, dtype=torch.int64, device=like.device)
+        return cache
+
+
+BASELINE = "modern"
+
+VARIANTS: dict[str, dict] = {"ngram_embeddings": {}}
