@@ -89,9 +89,10 @@ def count_flops(runner: ModelRunner, model: nn.Module, batch: Batch, passes: int
     def step(times: int) -> None:
         with runner.fixed_weights(model):
             for _ in range(times):
-                runner.step(model, batch).loss_sum.backward()
+                out = runner.step(model, batch)
+                (out.loss_sum if out.aux_loss is None else out.loss_sum + out.aux_loss).backward()
 
-    with _undisturbed(model, batch.ids.device):
+    with undisturbed(model, batch.ids.device):
         once = _flops(lambda: step(1))
         total = once if passes == 1 else once + (passes - 1) * (_flops(lambda: step(2)) - once)
     return total / passes / batch.ids.numel()
@@ -101,7 +102,7 @@ def count_inference_flops(runner: ModelRunner, model: nn.Module, batch: Batch) -
     """Return the FLOPs per token of a forward pass of the folded model, in a text as long as
     `batch`."""
     folded = runner.fold(model)
-    with _undisturbed(model, batch.ids.device), torch.no_grad():
+    with undisturbed(model, batch.ids.device), torch.no_grad():
         return _flops(lambda: runner.step(folded, batch)) / batch.ids.numel()
 
 
@@ -114,19 +115,24 @@ def _flops(work: Callable[[], object]) -> float:
     def backward(g: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
         return sdpa_backward_flop_count(g, q, k, v)
 
-    cpu_attention = {
+    def grouped(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        """Rows of a (M, K) times b (E, K, N) of their group; or (K, M) (M, N) -> (E, K, N)."""
+        return int(2 * a[0] * a[1] * b[-1])
+
+    uncounted = {
+        aten._grouped_mm: grouped,
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
         torch.ops.lmplay.block_attention: forward,
         torch.ops.lmplay.block_attention_backward: backward,
     }
-    with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
+    with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
         work()
     return counter.get_total_flops()
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore gradients, buffers and random numbers after the block."""
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     devices = [device] if device.type == "cuda" else []
@@ -179,7 +185,7 @@ def find_mini_batch(
             torch.cuda.synchronize()
         rates[size] = max(rates.get(size, 0.0), size / (clock() - start))
 
-    with _undisturbed(model, device):
+    with undisturbed(model, device):
         slower = 0
         for size in sizes:
             best = max(rates.values(), default=0.0)

@@ -35,6 +35,7 @@ from ..model import (
     parameter_counts,
     seed_of,
     to_batch,
+    undisturbed,
 )
 from ..ops import IGNORE
 from ..plan import Plan, PlanStage
@@ -542,7 +543,7 @@ class Trainer:
             self.forward_backward(arrays, slice(0, n_sequences), n_counted=1)
 
         # What is computed from weights alone costs the same at every size, so it is not timed.
-        with self.runner.fixed_weights(self.model):
+        with undisturbed(self.model, self.device), self.runner.fixed_weights(self.model):
             self.mini_batch_size = find_mini_batch(
                 try_size, self.model, self.device, len(arrays.ids), self.length
             )
