@@ -94,7 +94,7 @@ class Canon(nn.Module):
     def __init__(self, dim: int, index: int):
         super().__init__()
         self.index = index
-        self.weight = nn.Parameter(torch.empty(WIDTH, dim))
+        self.weight = nn.Parameter(torch.empty(WIDTH, 1, dim))  # three dimensions: not for Muon
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -93,15 +93,15 @@ class Share(nn.Module):
     def __init__(self, head_dim: int, layer: int):
         super().__init__()
         self.start = 0.8 - 0.6 * math.exp(-0.3 * layer)
-        self.vectors = nn.Parameter(torch.empty(4, head_dim))  # a1, b1, a2, b2
+        self.vectors = nn.Parameter(torch.empty(2, 2, head_dim))  # (a1, b1), (a2, b2)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.vectors, std=0.1)
 
     def forward(self) -> Tensor:
-        a1, b1, a2, b2 = self.vectors
-        return (a1 * b1).sum().exp() - (a2 * b2).sum().exp() + self.start
+        first, second = self.vectors.prod(1).sum(-1).exp()
+        return first - second + self.start
 
 
 class Attention(nn.Module):

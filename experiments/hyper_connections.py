@@ -129,17 +129,17 @@ class Connection(nn.Module):
         super().__init__()
         self.index = index
         n = c.streams
-        self.static = nn.Parameter(torch.empty(n, n + 2))  # [A0, B0]
+        self.static = nn.Parameter(torch.empty(1, n, n + 2))  # [A0, B0]; not for Muon
         self.weight = nn.Parameter(torch.empty(c.embed_dim, n + 2))  # [W_a, W_b]
         self.scale = nn.Parameter(torch.empty(2))  # s_a, s_b
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        n = len(self.static)
+        n = self.static.shape[1]
         first = F.one_hot(torch.tensor(self.index % n), n).unsqueeze(1)
         start = torch.cat([first, torch.eye(n), torch.ones(n, 1)], 1)
         with torch.no_grad():
-            self.static.copy_(start)
+            self.static[0] = start
         nn.init.zeros_(self.weight)
         nn.init.constant_(self.scale, 0.01)
 
