@@ -52,6 +52,7 @@ EXTRAS["dev"] = [
     "pyorderbook",
     "lion-pytorch",
     "schedulefree",
+    "pytorch-optimizer",
 ]
 
 setup(
