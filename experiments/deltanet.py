@@ -257,7 +257,7 @@ class Block(nn.Module):
         # CHANGED
         if self.attn is not None:
             x = x + self.attn(norm(x), rotary, cache)
-        else:
+        if self.mixer is not None:
             x = x + self.mixer(norm(x), cache)
 
         return x + self.ff(norm(x))

@@ -159,7 +159,7 @@ class Block(nn.Module):
         # CHANGED
         if self.memory is not None:
             x = x + self.memory(norm(x))
-        else:
+        if self.attn is not None:
             x = x + self.attn(norm(x), rotary, cache)
 
         return x + self.ff(norm(x))

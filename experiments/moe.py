@@ -12,11 +12,10 @@ keeps experts equally busy, by their loads f_e over all of an optimizer step:
     bias: b_e grows by balance_rate if f_e is below the mean, else shrinks, and is not trained
           (Wang et al. 2024, arXiv 2408.15664, algorithm 1)
     loss: balance_rate E sum f_e mean(s_e / sum s) is trained as well, and b = 0 (Fedus et al. 2021,
-          arXiv 2101.03961, eq. 4-6). f_e is the last step's, because a step's own is known only
-          after its last mini-batch.
+          arXiv 2101.03961, eq. 4-6). f_e is the last step's: a step's own is known too late.
 
-The claim (to be tested): better at equal compute, worse at equal parameters. A log book behind this
-project found 8 experts with 2 active worse than a dense model of equal size, in one run.
+The claim (to be tested): better at equal compute. A log book behind this project found 8 experts
+with 2 active worse than a dense model of equal size, in one run.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,12 +56,12 @@ class Config:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         # CHANGED: to the end
-        if not 1 <= self.num_active < self.num_experts:
-            raise ValueError(f"num_active {self.num_active} is not in [1, {self.num_experts})")
+        if not 1 <= self.num_active < self.num_experts or self.num_shared < 0:
+            raise ValueError("num_active must be in [1, num_experts), num_shared 0 or more")
         if self.balance not in ("bias", "loss"):
             raise ValueError(f'balance "{self.balance}" is neither "bias" nor "loss"')
-        if self.num_shared < 0 or self.balance_rate <= 0:
-            raise ValueError("num_shared must be 0 or more, and balance_rate above 0")
+        if self.balance_rate <= 0:
+            raise ValueError(f"balance_rate {self.balance_rate} is not above 0")
 
 
 class Linear(nn.Linear):
@@ -142,11 +141,12 @@ class FeedForward(nn.Module):
         self.c = c
         experts = range(c.num_experts + c.num_shared)  # the shared ones last
         self.router = Linear(c.embed_dim, c.num_experts)
-        self.fc1 = nn.ModuleList(Linear(c.embed_dim, 2 * c.embed_dim) for _ in experts)
-        self.fc2 = nn.ModuleList(Linear(2 * c.embed_dim, c.embed_dim, zero=True) for _ in experts)
-        self.register_buffer("bias", torch.zeros(c.num_experts))
-        self.register_buffer("load", torch.full((c.num_experts,), 1 / c.num_experts))
-        self.register_buffer("counts", torch.zeros(c.num_experts, dtype=torch.int64))
+        self.fc1: Any = nn.ModuleList(Linear(c.embed_dim, 2 * c.embed_dim) for _ in experts)
+        second = (Linear(2 * c.embed_dim, c.embed_dim, zero=True) for _ in experts)
+        self.fc2: Any = nn.ModuleList(second)
+        self.bias = nn.Buffer(torch.zeros(c.num_experts))
+        self.load = nn.Buffer(torch.full((c.num_experts,), 1 / c.num_experts))
+        self.counts = nn.Buffer(torch.zeros(c.num_experts, dtype=torch.int64))
         self.uneven: Tensor | None = None  # (), of the latest forward pass: the loss's term
 
     def forward(self, x: Tensor) -> Tensor:

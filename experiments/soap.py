@@ -184,7 +184,7 @@ class Soap(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    self._start(p, group)
+                    self._start(p, p.grad, group)
                     continue
                 state["step"] += 1
                 t = int(state["step"])
@@ -196,12 +196,12 @@ class Soap(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 self._learn_basis(p.grad, state, b2, t % group["every"] == 0)
 
-    def _start(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _start(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         state.update(step=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p))
         for side, size in enumerate(p.shape if p.ndim == 2 else ()):
             if size <= group["largest"]:
-                g = p.grad if side == 0 else p.grad.T
+                g = grad if side == 0 else grad.T
                 state[f"gram{side}"] = (1 - group["betas"][1]) * (g @ g.T)
                 state[f"basis{side}"] = torch.linalg.eigh(state[f"gram{side}"])[1].flip(1)
 

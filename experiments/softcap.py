@@ -176,7 +176,8 @@ class Runner(ModelRunner):
 
     # CHANGED: to the end
     def step(self, model: nn.Module, batch: Batch) -> StepOut:
-        weight = model.head.weight
+        head: Any = model.head
+        weight = head.weight
         x = model(batch.ids).flatten(0, 1)
         targets = batch.targets.flatten()
         # As many rows at a time as their logits take 64 MiB; backward computes them again.
