@@ -159,7 +159,7 @@ class FeedForward(nn.Module):
         chosen = torch.cat([chosen, every[c.num_experts :].expand(len(rows), -1)], 1)
         counts = (chosen.unsqueeze(-1) == every).sum((0, 1))
         if self.training:
-            self.counts += counts[: c.num_experts]
+            self.counts.add_(counts[: c.num_experts])
             shares = (scores / scores.sum(-1, keepdim=True)).mean(0)
             self.uneven = c.num_experts * (self.load.to(shares.dtype) * shares).sum()
         order = chosen.flatten().argsort(stable=True)  # rows sorted by expert
@@ -180,7 +180,7 @@ class FeedForward(nn.Module):
         if self.counts.any():
             self.load.copy_(self.counts / self.counts.sum())
             if self.c.balance == "bias":
-                self.bias += self.c.balance_rate * torch.sign(self.load.mean() - self.load)
+                self.bias.add_(self.c.balance_rate * (self.load.mean() - self.load).sign())
             self.counts.zero_()
 
 
