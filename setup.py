@@ -15,6 +15,7 @@ COMMANDS = {
     "lmp_market": "market",
     "lmp_trial": "trial",
     "lmp_arena": "arena",
+    "lmp_study": "study",
     "lmp_new": "new",
 }
 scripts = [
@@ -74,7 +75,7 @@ setup(
         "lmplay": ["py.typed"],
         "lmplay.analysis.page": ["page.html", "page.css", "page.js"],
         "lmplay.shipped.experiments": ["*.py"],
-        "lmplay.shipped.training_plans": ["*.json", "certificates/*.json"],
+        "lmplay.shipped.training_plans": ["*.json", "certificates/*.json", "studies/*.json"],
     },
     install_requires=[
         # 2.10 fixes a memory corruption in the safe unpickler (CVE-2026-24747).

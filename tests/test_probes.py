@@ -44,6 +44,18 @@ def test_the_context_tells_every_target(task: str) -> None:
     assert len(seen) == 4 * 16 + 2 * 64, "no sequence comes twice"
 
 
+def test_in_a_long_sequence_the_answer_is_far_back() -> None:
+    probe = ProbeSource(task="recall")
+    ids, counted = probe.generate(np.random.default_rng(0), 8, 512)
+    assert ids.shape == counted.shape == (8, 512)
+    dense, asked = probe.generate(np.random.default_rng(0), 8, 104)
+    letters = ids[ids != ord(".")].reshape(8, 104)
+    assert np.array_equal(letters, dense)
+    assert (ids[:, 26 : 26 + 408] == ord(".")).all()
+    assert np.array_equal(counted[:, 26 + 408 :], asked[:, 26:])
+    assert not counted[:, : 26 + 408].any()
+
+
 def test_a_longer_plan_reads_more_of_the_same_probe() -> None:
     plan = load_plan(find_plan("probe_copy"))
     short, long = (

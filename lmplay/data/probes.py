@@ -9,6 +9,8 @@ values, then keys that were shown, in any order; the model has to say their valu
 
     ag kb xq ... | kb xq kb ag ...     the second letter of each pair behind | counts
 
+In sequences of more than 104 letters there are dots at |, so that the answer is far back.
+
 copy: a segment of random symbols, again and again; after its first end everything can be copied
 from what followed the same symbol before (induction: Olsson et al. 2022, arXiv 2209.11895). The
 segments' lengths differ, so the distance to copy from must be found in the text.
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 SYMBOLS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
 SHORTEST = 8  # segment
+DENSE = 4 * len(SYMBOLS)  # letters of a longer sequence of recall; the rest is GAP
+GAP = ord(".")
 CHUNK = 4096  # sequences made at a time
 
 
@@ -49,10 +53,9 @@ class ProbeSource(Source):
         length = plan.model.max_len or 0
         if plan.tokenizer.kind != "bytes":
             raise ValueError("a probe's symbols are bytes: it needs the tokenizer bytes")
-        most = 4 * len(SYMBOLS)
-        if length % 8 or not 4 * SHORTEST <= length <= most:
+        if length % 8 or length < 4 * SHORTEST:
             raise ValueError(
-                f"a probe's sequences fill max_len, a multiple of 8 from {4 * SHORTEST} to {most}"
+                f"a probe's sequences fill max_len, a multiple of 8 from {4 * SHORTEST} on"
             )
         for stage in plan.steps:
             if not (stage.tokens or stage.steps) or stage.epochs:
@@ -104,15 +107,23 @@ class ProbeSource(Source):
 def _recall(
     generator: np.random.Generator, sequences: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    pairs = length // 8
+    letters = min(length, DENSE)
+    pairs = letters // 8
     keys = _distinct(generator, sequences, pairs)
     values = SYMBOLS[generator.integers(len(SYMBOLS), size=keys.shape)]
-    asked = generator.integers(pairs, size=(sequences, length // 2 - pairs))
+    asked = generator.integers(pairs, size=(sequences, letters // 2 - pairs))
     which = np.concatenate([np.tile(np.arange(pairs), (sequences, 1)), asked], 1)
     both = [np.take_along_axis(part, which, 1) for part in (keys, values)]
-    counted = np.zeros((sequences, length), bool)
+    counted = np.zeros((sequences, letters), bool)
     counted[:, 2 * pairs + 1 :: 2] = True
-    return np.stack(both, -1).reshape(sequences, length), counted
+    ids = np.stack(both, -1).reshape(sequences, letters)
+    gap = (sequences, length - letters)
+
+    def spread(part: np.ndarray, filler: int) -> np.ndarray:
+        middle = np.full(gap, filler, part.dtype)
+        return np.concatenate([part[:, : 2 * pairs], middle, part[:, 2 * pairs :]], 1)
+
+    return spread(ids, GAP), spread(counted, 0)
 
 
 def _copy(

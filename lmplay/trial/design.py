@@ -144,7 +144,7 @@ class Result:
     """What a run ended with.
 
     loss (nats per token) and bpb are end points, infinite if the run diverged. tokens and losses
-    are its validation curve.
+    are its validation curve. accuracy: of the last validation; None in journals of before 2026-12.
     """
 
     loss: float
@@ -154,6 +154,7 @@ class Result:
     seconds: float
     flops: float
     folder: str
+    accuracy: float | None = None
 
 
 Results = Mapping[str, Result]

@@ -152,7 +152,7 @@ def run_unit(unit: Unit, design: FixedDesign, jobs: dict[str, Job]) -> Result:
     except NotFiniteError:
         inf = float("inf")
         where = str(run.folder.path)
-        return Result(loss=inf, bpb=inf, tokens=[], losses=[], seconds=0.0, flops=0.0, folder=where)
+        return Result(inf, inf, [], [], seconds=0.0, flops=0.0, folder=where, accuracy=0.0)
     curve = read_curve(run.folder.path / "validate.csv")
     end = curve.tail(design.last).fillna(float("inf"))
     last = curve.iloc[-1]
@@ -164,6 +164,7 @@ def run_unit(unit: Unit, design: FixedDesign, jobs: dict[str, Job]) -> Result:
         seconds=float(last["seconds"]),
         flops=float(last["flops"]),
         folder=str(run.folder.path),
+        accuracy=float(last["accuracy"]),
     )
 
 
