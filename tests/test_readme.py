@@ -20,7 +20,14 @@ from forked import forked
 from lmplay.plan import parse_plan
 
 README = (ROOT / "README.md").read_text()
-DOCS_OF_TEXT = ("README.md", "docs/trials.md", "docs/plans.md", "docs/export.md")
+DOCS_OF_TEXT = (
+    "README.md",
+    "docs/trials.md",
+    "docs/arenas.md",
+    "docs/plans.md",
+    "docs/export.md",
+    "docs/studies.md",
+)
 DOCS = (*DOCS_OF_TEXT, "docs/market.md")
 NOT_RUN = {  # by a test of commands; `make demo` and `make test` are what CI runs
     "git clone REPOSITORY_URL lmplay && cd lmplay",
@@ -111,6 +118,9 @@ def test_commands_run_as_printed_in_their_order(
     again."""
     folder, env = clone
     started: set[str] = set()  # commands that were started as a user does
+    (study,) = (lines for lang, lines in fenced((ROOT / "docs/studies.md").read_text()) if lang)
+    small = {**json.loads("\n".join(study)), "tokens": 4096, "tries": 3}
+    (folder / "my_study.json").write_text(json.dumps(small))
     with forked(folder, env) as warm:
         for line in (line for doc in docs for line in commands(doc)):
             # Real runs, shortened to what a test can wait for.
