@@ -1,9 +1,9 @@
-# make demo · test · bench · lint · gpu. All but gpu build .venv if it is missing or out of date.
+# make demo · test · bench · lint · gpu · leaderboard. All but gpu build .venv if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench lint gpu schema lock clean
+.PHONY: demo test bench lint gpu leaderboard schema lock clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,10 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/market_speed.py
+
+# make leaderboard ROW=gqa judges an idea as docs/results.md says; ROW=all judges every idea.
+leaderboard: $(READY)
+	$(BIN)/python benchmarks/leaderboard.py run $(ROW) --workers 2
 
 # With the torch that is installed, which knows the card; a .venv would bring its own.
 gpu:
