@@ -170,7 +170,8 @@ def table(results: Mapping[str, Any]) -> str:
         cells = [_cell(own.get(key), (name, key) in kept) for key in columns]
         on_sketch = [f for key, f in own.items() if key.startswith("sketch")]
         words = {f["word"] for f in on_sketch}
-        panel = "" if len(on_sketch) < 2 else "ROBUST" if len(words) == 1 else "differs"
+        robust = len(words) == 1 and "UNDECIDED" not in words
+        panel = "" if len(on_sketch) < 2 else "ROBUST" if robust else "differs"
         one = own.get("sketch muon") or next(iter(own.values()))
         ratio = one["tokens_ratio"]
         tokens = "" if ratio is None else f"{100 * (ratio - 1):+.0f} %"

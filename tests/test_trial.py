@@ -25,6 +25,7 @@ from lmplay.training.run_folder import RunFolder
 from lmplay.trial import queue, work
 from lmplay.trial import state as trial
 from lmplay.trial.design import FixedDesign, Result, Unit
+from lmplay.trial.overview import over_sizes
 from lmplay.trial.state import TrialState
 from lmplay.trial.statistics import HARMFUL, REAL, UNDECIDED, WITHIN_NOISE
 
@@ -169,14 +170,14 @@ def test_gains_over_sizes_are_fitted_by_seed_and_told_by_their_sign() -> None:
             for f, g in zip(flops, gains, strict=True)
         ]
 
-    found = trial.over_sizes(report(1))["good"]
+    found = over_sizes(report(1))["good"]
     slopes = [stats.linregress(np.log2(flops), gains[:, seed]).slope for seed in range(9)]
     assert found["slope"] == pytest.approx(np.mean(slopes))
     interval = stats.t.interval(0.99, 8, loc=np.mean(slopes), scale=stats.sem(slopes))
     assert found["interval"] == pytest.approx(list(interval))
     assert "the gain shrinks" in found["sentence"]
-    assert "the harm shrinks" in trial.over_sizes(report(-1))["good"]["sentence"]
-    assert trial.over_sizes(report(1)[:1])["good"]["slope"] is None
+    assert "the harm shrinks" in over_sizes(report(-1))["good"]["sentence"]
+    assert over_sizes(report(1)[:1])["good"]["slope"] is None
 
 
 def test_a_run_that_diverges_ends_its_arm_and_no_other() -> None:

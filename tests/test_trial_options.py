@@ -21,7 +21,8 @@ from lmplay.errors import LmplayError
 from lmplay.plan import find_plan, load_plan, parse_plan, plan_files
 from lmplay.recipe import in_context
 from lmplay.trial.design import FixedDesign, Result, Unit
-from lmplay.trial.state import LR_SEED, TrialState, over_contexts
+from lmplay.trial.overview import over_contexts
+from lmplay.trial.state import LR_SEED, TrialState
 from lmplay.trial.statistics import HARMFUL, REAL, UNDECIDED, WITHIN_NOISE
 from lmplay.trial.tuning import parsed, settings_text, try_range
 

@@ -22,9 +22,9 @@ from ..files import write_json
 from ..threads import given
 from ..training.run_folder import make_out
 from .design import Design, FixedDesign
+from .overview import over_contexts, over_sizes
 from .queue import Queue, open_storage
 from .resolve import check, contexts_of, quoted, resolve
-from .state import over_contexts, over_sizes
 from .statistics import fewest
 from .work import Part, as_worker, share_out, start_worker
 
