@@ -1,12 +1,12 @@
-"""What every variant costs compared with gpt2ish: speed, memory, parameters and FLOPs, from one
-run.
+"""What every variant costs next to a baseline: speed, memory, parameters and FLOPs, from one run.
 
     python benchmarks/ideas_speed.py                        # all variants at the plan laptop's size
     python benchmarks/ideas_speed.py --size arena --rounds 3
     python benchmarks/ideas_speed.py --only uw1 nnm
+    python benchmarks/ideas_speed.py --against modern --only moe moe_shared deltanet mamba2
 
 Each measurement is a process of its own that trains as lmp_trainer does, on the same real tokens,
-with one mini-batch size for all. gpt2ish is measured again before every few variants, and a
+with one mini-batch size for all. The baseline is measured again before every few variants, and a
 variant's rate is divided by the mean of the two that surround it, so that a slow minute of the
 machine meets both. The table gives the median over the rounds. FLOPs are counted (per token;
 training, and the folded model's forward pass); parameters are those trained, and those left after
@@ -56,7 +56,6 @@ ARENAS = {
         1,
     ),
 }
-BASELINE = "gpt2ish"
 EVERY = 4  # variants between two measurements of the baseline
 
 
@@ -65,6 +64,7 @@ def main() -> int:
     p.add_argument("--size", choices=[*ARENAS], default="laptop")
     p.add_argument("--rounds", type=int, default=1)
     p.add_argument("--only", nargs="*", help="these variants only")
+    p.add_argument("--against", default="gpt2ish", help="the baseline (gpt2ish)")
     p.add_argument("--amp", action="store_true", help="bf16 where the hardware has it")
     p.add_argument("--compile-model", action="store_true")
     p.add_argument("--worker", help=argparse.SUPPRESS)
@@ -74,8 +74,8 @@ def main() -> int:
         return 0
     from lmplay.discover import list_sources
 
-    names = args.only or [v for s in list_sources() for v in s.variants if s.idea != BASELINE]
-    table(names, [one_round(names, args) for _ in range(args.rounds)])
+    names = args.only or [v for s in list_sources() for v in s.variants if s.idea != args.against]
+    table(names, [one_round(names, args) for _ in range(args.rounds)], args.against)
     return 0
 
 
@@ -95,13 +95,13 @@ def one_round(names: list[str], args: argparse.Namespace) -> dict[str, dict[str,
                 row["relative_memory"] = row["peak_mb"] / before["peak_mb"]
             print(f"{name}: {row.get('relative', 0):.3f} {row.get('failed', '')}", flush=True)
         before = after
-    return results | {BASELINE: {**before, "relative": 1.0, "relative_memory": 1.0}}
+    return results | {args.against: {**before, "relative": 1.0, "relative_memory": 1.0}}
 
 
 def baseline(args: argparse.Namespace) -> dict[str, Any]:
-    row = measure(BASELINE, args)
+    row = measure(args.against, args)
     if "failed" in row:
-        sys.exit(f"{BASELINE} failed: {row['failed']}")
+        sys.exit(f"{args.against} failed: {row['failed']}")
     return row
 
 
@@ -114,15 +114,15 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(names: list[str], rounds: list[dict[str, dict[str, Any]]]) -> None:
-    base = rounds[0][BASELINE]
+def table(names: list[str], rounds: list[dict[str, dict[str, Any]]], against: str) -> None:
+    base = rounds[0][against]
     print(
-        f"\n{base['device']}, {base['precision']}, {base['mini_batch']} sequences a pass; gpt2ish "
-        f"{base['rate']:.0f}"
+        f"\n{base['device']}, {base['precision']}, {base['mini_batch']} sequences a pass; {against} "
+        f"{base['rate']:.0f} tokens per second"
     )
     print("| variant | speed | memory | parameters, training | folded | FLOPs, training | in use |")
     print("|---|---|---|---|---|---|---|")
-    for name in [BASELINE, *names]:
+    for name in [against, *names]:
         rows = [r[name] for r in rounds if "failed" not in r[name]]
         if not rows:
             print(f"| {name} | failed: {rounds[0][name]['failed']} | | | | | |")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
@@ -27,10 +29,12 @@ def transfer(out: Path, plan: str, larger: Path | None) -> LineRecord:
         )
     here, there = ([g[idea] for idea in common] for g in gains)
     correlation = rank_correlation(here, there)
+    low, high = correlation_interval(correlation, len(common))
     return LineRecord(
         passed=correlation >= AGREEMENT,
         sentence=f"the gains of {len(common)} ideas here and in {larger.stem} have a rank "
-        f"correlation of {correlation:+.2f}",
+        f"correlation of {correlation:+.2f} (95 %: {low:+.2f} to {high:+.2f})",
+        interval=[low, high],
         ideas=common,
         here=here,
         there=there,
@@ -61,3 +65,14 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
     from scipy import stats
 
     return float(np.nan_to_num(stats.spearmanr(a, b).statistic))
+
+
+def correlation_interval(correlation: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return an interval for Spearman's rank correlation of n > 3 points.
+
+    Bonett and Wright 2000 (Psychometrika 65), eq. 3: normal in atanh of the correlation, with
+    variance (1 + correlation² / 2) / (n - 3).
+    """
+    z = math.atanh(max(-1 + 1e-9, min(1 - 1e-9, correlation)))
+    half = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt((1 + correlation**2 / 2) / (n - 3))
+    return math.tanh(z - half), math.tanh(z + half)
