@@ -117,8 +117,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def table(names: list[str], rounds: list[dict[str, dict[str, Any]]], against: str) -> None:
     base = rounds[0][against]
     print(
-        f"\n{base['device']}, {base['precision']}, {base['mini_batch']} sequences a pass; {against} "
-        f"{base['rate']:.0f} tokens per second"
+        f"\n{base['device']}, {base['precision']}, {base['mini_batch']} sequences a pass; "
+        f"{against}: {base['rate']:.0f} tokens per second"
     )
     print("| variant | speed | memory | parameters, training | folded | FLOPs, training | in use |")
     print("|---|---|---|---|---|---|---|")
