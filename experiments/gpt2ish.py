@@ -212,6 +212,7 @@ class Runner(ModelRunner):
 
 
 BASELINE = "gpt2ish"
+DEFAULT = True  # what lmp_trainer trains without --exp, and lmp_new copies
 
 VARIANTS: dict[str, dict] = {
     "gpt2ish": {},

@@ -49,6 +49,7 @@ class ExperimentFile:
     broken: str = ""
     harmful: tuple[str, ...] = ()  # KNOWN_HARMFUL: variants that must be worse than the baseline
     equal: tuple[str, ...] = ()  # KNOWN_EQUAL: variants that must not differ from it
+    is_default: bool = False  # DEFAULT = True: this baseline is used where none is named
 
     @property
     def idea(self) -> str:
@@ -179,8 +180,19 @@ def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> E
                 broken = (
                     broken or f"variant {variant}: Config has no {key}{did_you_mean(key, fields)}"
                 )
+    marked = names.get("DEFAULT")
+    is_default = isinstance(marked, ast.Constant) and marked.value is True
     return ExperimentFile(
-        path, origin, doc, variants, str(baseline), fields, broken, *answers.values()
+        path,
+        origin,
+        doc,
+        variants,
+        str(baseline),
+        fields,
+        broken,
+        harmful=answers["KNOWN_HARMFUL"],
+        equal=answers["KNOWN_EQUAL"],
+        is_default=is_default,
     )
 
 
@@ -300,12 +312,16 @@ def find_baseline(source: ExperimentFile) -> tuple[ExperimentFile, str]:
 
 
 def default_baseline() -> str:
-    """Return the variant that most experiments name as their baseline.
+    """Return the baseline whose file says DEFAULT = True, else the one that most ideas name.
 
     Raises:
         LmplayError: there are no experiments.
     """
-    named = Counter(s.baseline for s in list_sources() if not s.broken)
+    sources = [s for s in list_sources() if not s.broken]
+    for source in sources:
+        if source.is_default and source.baseline in source.variants:  # not a copy of it
+            return source.baseline
+    named = Counter(s.baseline for s in sources)
     if not named:
         raise LmplayError("there are no experiments; lmp_trainer --exp FILE.py takes a path")
     return named.most_common(1)[0][0]

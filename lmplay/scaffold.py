@@ -56,6 +56,7 @@ def rewrite(text: str, name: str, source: ExperimentFile, variant: str) -> str:
     settings = pprint.pformat(source.variants[variant], sort_dicts=False)
     new = {
         "BASELINE": f'BASELINE = "{variant}"',
+        "DEFAULT": "",
         "VARIANTS": f'VARIANTS: dict[str, dict] = {{"{name}": {settings}}}',
     }
     for node in reversed(tree.body):
@@ -63,7 +64,8 @@ def rewrite(text: str, name: str, source: ExperimentFile, variant: str) -> str:
         if isinstance(node, ast.Assign):
             target = node.targets[0]
         if isinstance(target, ast.Name) and target.id in new:
-            lines[node.lineno - 1 : node.end_lineno] = [new[target.id]]
+            text = new[target.id]
+            lines[node.lineno - 1 : node.end_lineno] = [text] if text else []
     docstring = tree.body[0]
     if ast.get_docstring(tree) is not None:
         title = name.replace("_", " ").capitalize()

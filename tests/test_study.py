@@ -13,14 +13,14 @@ import optuna
 import pytest
 from conftest import Command, one_line, write_plan
 
-from lmplay.analysis import positions, study_figures
+from lmplay.analysis import study_figures
 from lmplay.data.packing import ValidationSet
 from lmplay.data.prepare import prepare
 from lmplay.files import read_json
 from lmplay.plan import load_plan
 from lmplay.training.restore import restore
 from lmplay.training.run_folder import RunFolder, find_runs
-from lmplay.trial import study_plan
+from lmplay.trial import positions, study_plan
 from lmplay.trial.design import Result, Unit
 from lmplay.trial.study import Study, StudyDesign, StudyState
 from lmplay.trial.tuning import parsed

@@ -185,7 +185,7 @@ def _draw_optuna(folder: Path, part: Mapping[str, Any]) -> list[Path]:
     from matplotlib import pyplot as plt
     from optuna.visualization import matplotlib as plots
 
-    from ..trial.study import distribution_of, value_of
+    from ..trial.study_plan import distribution_of, value_of
 
     study = optuna.create_study()
     distributions = {key: distribution_of(value) for key, value in part["space"].items()}

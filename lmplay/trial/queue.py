@@ -207,7 +207,9 @@ class Queue:
     def done(self, number: int, result: Result) -> bool:
         """Store the result; return False if the unit was given up meanwhile."""
         entry = self.study.get_trials(deepcopy=False)[number]
-        content = {k: v if v != float("inf") else None for k, v in asdict(result).items()}
+        # A loss that is infinite is kept as null, which JSON has.
+        known = {k: v for k, v in asdict(result).items() if v is not None}
+        content = {k: v if v != float("inf") else None for k, v in known.items()}
         try:
             self.study._storage.set_trial_user_attr(entry._trial_id, "result", content)
             self.study.tell(number, min(result.loss, 1e9))

@@ -1,6 +1,8 @@
 """Run a study: a grid, a list or a search of settings, shared and resumed like a trial.
 
 python -m lmplay.trial.study JSON      # how a study starts its other workers
+
+One module, because what runs next depends on what the results say.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from ..training.run_folder import make_out
 from .design import Design, FixedDesign, Result, Results, Unit
 from .queue import Queue, open_storage
 from .resolve import Arm, job_for, with_end_point
-from .study_plan import Range, find_study, load_study
+from .study_plan import Range, distribution_of, find_study, load_study, shown
 from .tuning import parsed
 from .work import Part, as_worker, share_out, start_worker
 
@@ -110,7 +112,7 @@ class StudyState:
             count = FREE if design.search == "tpe" and not texts else size
             asked = [study.ask(space) for _ in range(min(count, design.tries - len(texts)))]
             round_texts = [
-                ",".join(f"{key}={_shown(value)}" for key, value in sorted(trial.params.items()))
+                ",".join(f"{key}={shown(value)}" for key, value in sorted(trial.params.items()))
                 for trial in asked
             ]
             texts += round_texts
@@ -317,7 +319,7 @@ class Study:
 
     def _measure_positions(self, parts: list[dict[str, Any]]) -> None:
         """Add the loss by position to each cell, of its first seed."""
-        from ..analysis.positions import losses_of_run
+        from .positions import losses_of_run
 
         for part in parts:
             if part["score"] == "loss":
@@ -334,37 +336,6 @@ def _beside(study: Path, name: str) -> Path:
 
 def _plain(value: Any) -> Any:
     return value.model_dump() if isinstance(value, Range) else list(value)
-
-
-def distribution_of(value: Any) -> Any:
-    """Return optuna's distribution for a list of values or the fields of a Range."""
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
-    if isinstance(value, list):
-        return CategoricalDistribution(value)
-    if value["integer"]:
-        return IntDistribution(round(value["low"]), round(value["high"]), log=value["log"])
-    return FloatDistribution(value["low"], value["high"], log=value["log"])
-
-
-def value_of(text: str, distribution: Any) -> Any:
-    """Return the value that a unit keeps as text, for one of optuna's distributions."""
-    from optuna.distributions import CategoricalDistribution, IntDistribution
-
-    if isinstance(distribution, CategoricalDistribution):
-        return next(choice for choice in distribution.choices if _shown(choice) == text)
-    return int(text) if isinstance(distribution, IntDistribution) else float(text)
-
-
-def _shown(value: Any) -> str:
-    """Return a value as a unit keeps it: numbers of a range with four digits."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _mean(results: list[Result]) -> float:

@@ -171,3 +171,34 @@ def load_study(path: Path) -> StudyPlan:
 def schema() -> dict[str, Any]:
     """Return the JSON schema of a study's file, for editors."""
     return StudyPlan.model_json_schema()
+
+
+def distribution_of(value: Any) -> Any:
+    """Return optuna's distribution for a list of values or the fields of a Range."""
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    if isinstance(value, list):
+        return CategoricalDistribution(value)
+    if value["integer"]:
+        return IntDistribution(round(value["low"]), round(value["high"]), log=value["log"])
+    return FloatDistribution(value["low"], value["high"], log=value["log"])
+
+
+def value_of(text: str, distribution: Any) -> Any:
+    """Return the value that a unit keeps as text, for one of optuna's distributions."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    if isinstance(distribution, CategoricalDistribution):
+        return next(choice for choice in distribution.choices if shown(choice) == text)
+    return int(text) if isinstance(distribution, IntDistribution) else float(text)
+
+
+def shown(value: Any) -> str:
+    """Return a value as a unit keeps it: numbers of a range with four digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..api import IGNORE, Batch
+from ..export.verification import validation_batches
 from ..files import read_json, write_json
 from ..model import to_batch
 from ..training.progress import Reporter
@@ -54,8 +55,6 @@ def losses_of_run(folder: Path) -> list[dict[str, float]]:
     Raises:
         LmplayError: the run has no checkpoint, or its data have changed.
     """
-    from ..export.verification import validation_batches
-
     kept = folder / FILE
     try:
         return list(read_json(kept)["bins"])
