@@ -266,6 +266,8 @@ def test_losses_by_position_have_the_mean_of_the_validation(
     (run,) = find_runs(tmp_path / "gpt_out")
     bins = positions.losses_of_run(run.path)
     assert bins == positions.losses_of_run(run.path), "kept"
+    (run.path / positions.FILE).write_text("damaged")
+    assert bins == positions.losses_of_run(run.path), "measured anew"
     plan = load_plan(tmp_path / "tiny.json")
     prepared = prepare(plan, lambda *_: None)
     newest = run.newest(print)

@@ -58,7 +58,7 @@ def losses_of_run(folder: Path) -> list[dict[str, float]]:
     kept = folder / FILE
     try:
         return list(read_json(kept)["bins"])
-    except FileNotFoundError:
+    except (OSError, ValueError, KeyError):  # not there, or damaged: it is measured anew
         pass
     reporter = Reporter(brief=True)
     run, found = locate(folder, folder.parent, lambda text: None, "study:")
