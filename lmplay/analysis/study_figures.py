@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def draw_study(folder: Path, report: Mapping[str, Any]) -> list[Path]:
             rows = [
                 {**_axes(part, cell), "score": cell[score]}
                 for part in parts
-                if part["plan"] == plan
+                if part["plan"] == plan and (part["search"] == "grid" or len(part["space"]) == 1)
                 for cell in part["cells"]
             ]
             axes = _varied(rows)
@@ -46,6 +47,10 @@ def draw_study(folder: Path, report: Mapping[str, Any]) -> list[Path]:
         for part in parts:
             if "by_position" in part["cells"][0]:
                 written += _draw_positions(folder, part)
+    # Optuna writes powers as math, and places labels outside of the figure.
+    plain: dict[Any, Any] = {"text.parse_math": True, "savefig.bbox": "tight", "savefig.dpi": 120}
+    with matplotlib.rc_context(plain), warnings.catch_warnings():
+        for part in parts:
             written += _draw_optuna(folder, part)
     return written
 
@@ -189,7 +194,7 @@ def _draw_optuna(folder: Path, part: Mapping[str, Any]) -> list[Path]:
 
     study = optuna.create_study()
     distributions = {key: distribution_of(value) for key, value in part["space"].items()}
-    for cell in part["cells"]:
+    for cell in sorted(part["cells"], key=lambda c: c["number"]):
         if cell["loss"] is None:
             continue
         study.add_trial(
@@ -200,6 +205,7 @@ def _draw_optuna(folder: Path, part: Mapping[str, Any]) -> list[Path]:
             )
         )
     written = []
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     drawn = {
         "parallel": lambda: plots.plot_parallel_coordinate(study, target_name="loss"),
@@ -211,7 +217,9 @@ def _draw_optuna(folder: Path, part: Mapping[str, Any]) -> list[Path]:
     for name, draw in drawn.items():
         draw()
         path = folder / f"{part['plan']}-{name}.png"
-        plt.gcf().set_size_inches(max(7, 3.4 * len(part["space"])), 4.6)
+        plt.gcf().set_size_inches(max(8, 4 * len(part["space"])), 4.6)
+        for ax in plt.gcf().axes if name == "slice" else ():
+            ax.tick_params(axis="x", which="both", rotation=60)
         save(plt.gcf(), path)
         written.append(path)
     return written

@@ -29,7 +29,7 @@ from ..threads import given
 from ..training.run_folder import make_out
 from .design import Design, FixedDesign, Result, Results, Unit
 from .queue import Queue, open_storage
-from .resolve import Arm, job_for, with_end_point
+from .resolve import Arm, job_for, tokens_of, with_end_point
 from .study_plan import Range, distribution_of, find_study, load_study, shown
 from .tuning import parsed
 from .work import Part, as_worker, share_out, start_worker
@@ -92,7 +92,7 @@ class StudyState:
     def tries(self) -> list[str]:
         """Return the settings of a search to try, by the results so far, as a unit keeps them.
 
-        The sampler is seeded, and is told the results in a fixed order. So all workers ask alike.
+        The sampler is seeded and gets the results in a fixed order. So all workers ask alike.
         """
         import optuna
 
@@ -124,7 +124,7 @@ class StudyState:
         return texts
 
     def report(self) -> dict[str, Any]:
-        """Return every finished cell, the best first."""
+        """Return every finished cell, the best first; `number` is when it was tried."""
         design = self.design
         if design.search == "grid":
             cells = [(arm, "", settings) for arm, settings in design.cells.items()]
@@ -133,7 +133,7 @@ class StudyState:
             texts = dict.fromkeys(self.tries())
             cells = [(arm, text, {**design.cells[arm], **parsed(text)}) for text in texts]
         rows: list[dict[str, Any]] = []
-        for arm, text, settings in cells:
+        for number, (arm, text, settings) in enumerate(cells):
             found = self.found(arm, text)
             if found is None:
                 continue
@@ -142,6 +142,7 @@ class StudyState:
             rows.append(
                 {
                     "arm": arm,
+                    "number": number,
                     "settings": settings,
                     "loss": loss if math.isfinite(loss) else None,
                     "accuracy": sum(accuracies) / len(found) if accuracies else None,
@@ -230,14 +231,7 @@ class Study:
         device = pick_device(design.device)
         precision = pick_precision(device, design.amp)
         plan = plan.for_precision(device.type, precision.name)
-        stage = plan.steps[0]
-        per_step = plan.batch.batch_size * (plan.model.max_len or 0)
-        tokens = stage.tokens or (stage.steps or 0) * per_step
-        if len(plan.steps) > 1 or stage.minutes or not tokens:
-            raise LmplayError(
-                f"{path}: a study needs plans of one stage with a budget in tokens or optimizer "
-                'steps; "tokens" in the study gives one'
-            )
+        tokens = tokens_of(plan, f"{path}: a study", '; "tokens" in the study gives one')
         plan, last = with_end_point(plan, tokens)
         arms = []
         for text in self.plan.arms:
@@ -286,7 +280,7 @@ class Study:
         journal = folder / f"journal-{digest}.log"
         if not self.create and not storage and not journal.exists():
             raise LmplayError(
-                f"{self.out} has no runs of the study {self.path.stem} as it is now; without "
+                f"{self.out} has no runs of this version of the study {self.path.stem}; without "
                 "--status it begins"
             )
         queue = Queue(open_storage(storage or str(journal)), name, fixed, create=self.create)

@@ -44,7 +44,8 @@ class StudyPlan(Strict):
 
     arms: experiments, with settings if they have any, as for `lmp_trial --arm`.
     training_plans: names or files. lengths: sequence lengths instead of the plans' own.
-    tokens: budget instead of the plans'. tokens_per_step: a batch has so many, whatever the length.
+    tokens: budget instead of the plans'.
+    tokens_per_step: tokens of a batch, the same at each length.
     settings: by setting of a Config or of the recipe, the values to try, or the range of a search.
     search: "grid" tries all combinations; "random" and "tpe" (Bergstra et al. 2011) make `tries`.
     seeds: a cell's score is the mean over them.
