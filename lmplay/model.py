@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from .api import Batch, ModelRunner
+from .api import Batch, ModelRunner, StepOut
 from .data.packing import Arrays
 from .devices import Precision
 from .errors import LmplayError
@@ -89,13 +89,17 @@ def count_flops(runner: ModelRunner, model: nn.Module, batch: Batch, passes: int
     def step(times: int) -> None:
         with runner.fixed_weights(model):
             for _ in range(times):
-                out = runner.step(model, batch)
-                (out.loss_sum if out.aux_loss is None else out.loss_sum + out.aux_loss).backward()
+                _with_auxiliary(runner.step(model, batch)).backward()
 
     with undisturbed(model, batch.ids.device):
         once = _flops(lambda: step(1))
         total = once if passes == 1 else once + (passes - 1) * (_flops(lambda: step(2)) - once)
     return total / passes / batch.ids.numel()
+
+
+def _with_auxiliary(out: StepOut) -> Tensor:
+    """Return a loss whose gradient reaches everything that is trained."""
+    return out.loss_sum if out.aux_loss is None else out.loss_sum + out.aux_loss
 
 
 def count_inference_flops(runner: ModelRunner, model: nn.Module, batch: Batch) -> float:
@@ -216,8 +220,7 @@ def find_mini_batch(
 def without_gradient(runner: ModelRunner, model: nn.Module, batch: Batch) -> list[str]:
     """Return the names of trained parameters whose gradient from one batch is missing or zero."""
     model.zero_grad(set_to_none=True)
-    out = runner.step(model, batch)
-    (out.loss_sum if out.aux_loss is None else out.loss_sum + out.aux_loss).backward()
+    _with_auxiliary(runner.step(model, batch)).backward()
     idle = []
     for name, p in model.named_parameters():
         if not p.requires_grad:

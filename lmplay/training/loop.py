@@ -549,7 +549,6 @@ class Trainer:
             )
             if self.options.share is not None and self.device.type == "cpu":
                 self.options.share.choose(lambda: self._speed(try_size))
-        self.model.zero_grad(set_to_none=True)
         release_memory()
         threads = torch.get_num_threads()
         with_threads = ""

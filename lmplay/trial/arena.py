@@ -184,12 +184,10 @@ class Arena:
         quadratic = np.polyfit(x, y - y[1], 2)
         return float(np.polyval(quadratic, math.log(share)))
 
-    def verdict(self, differences: Sequence[float]) -> Verdict:
-        """Return the word for one arm: at the first look of a trial after PAIRS pairs, else at the
-        only one."""
+    def verdict(self, differences: Sequence[float], max_pairs: int) -> Verdict:
+        """Return the word for one arm, as a trial with a maximum of pairs gives it."""
         design = self.design
-        most = TRIAL_PAIRS if len(differences) == PAIRS else len(differences)
-        return judge({"": differences}, design.smallest_effect, most, design.level)[""]
+        return judge({"": differences}, design.smallest_effect, max_pairs, design.level)[""]
 
     def _beyond_counting(self) -> Line:
         losses = self._losses([self.base(s) for s in range(PAIRS)])
@@ -280,7 +278,7 @@ class Arena:
         numbers = {}
         for share, word in ((SHORTER, HARMFUL), (LONGER, REAL)):
             own = self.differences(self.layout.baseline, PLANTED_PAIRS, share=share)
-            verdict = self.verdict(own)
+            verdict = self.verdict(own, PLANTED_PAIRS)
             expected = self.predicted(share)
             low, high = t_interval(own, 1 - self.design.level)
             # The prediction has the curve's own error, which is about a tenth of it.
@@ -292,7 +290,7 @@ class Arena:
             )
             numbers[f"{share:g}"] = {"differences": own, "predicted": expected}
         for arm in self.layout.equal:
-            verdict = self.verdict(self.differences(arm, PAIRS))
+            verdict = self.verdict(self.differences(arm, PAIRS), TRIAL_PAIRS)
             passed = passed and verdict.word not in (REAL, HARMFUL)
             parts.append(f"{arm} {verdict.word}")
         return Line("planted effects", passed, "; ".join(parts), numbers)
@@ -304,7 +302,7 @@ class Arena:
         words = {}
         for arm, differences in found.items():
             finite = all(map(math.isfinite, differences))
-            words[arm] = self.verdict(differences).word if finite else HARMFUL
+            words[arm] = self.verdict(differences, PLANTED_PAIRS).word if finite else HARMFUL
         passed = all(word == HARMFUL for word in words.values())
         ended = {arm: d for arm, d in found.items() if all(map(math.isfinite, d))}
         spread = {arm: float(np.std(d, ddof=1)) for arm, d in ended.items()}

@@ -29,7 +29,7 @@ from .arena import DECAY_MULTIPLIERS, PAIRS, WIDTHS, Arena, Layout, Recipe, as_j
 from .certificate import LINES, Certificate, LineRecord, plan_print, write_certificate
 from .design import Design, FixedDesign
 from .queue import Queue, open_storage
-from .resolve import Arm, job_for, resized, with_end_point
+from .resolve import Arm, job_for, resized, tokens_of, with_end_point
 from .transfer import transfer
 from .work import Part, as_worker, share_out, start_worker
 
@@ -111,14 +111,7 @@ class Measurement:
         plan = load_plan(self.path)
         job = job_for(design, baseline, self.path.stem, plan, self.out, command, memory)
         self.plan = plan.for_precision(job.device.type, job.precision.name)
-        stage = self.plan.steps[0]
-        per_step = self.plan.batch.batch_size * (self.plan.model.max_len or 0)
-        tokens = stage.tokens or (stage.steps or 0) * per_step
-        if len(self.plan.steps) > 1 or stage.minutes or not tokens:
-            raise LmplayError(
-                f"{self.path}: an arena needs a plan of one stage with a budget in tokens or "
-                "optimizer steps"
-            )
+        tokens = tokens_of(self.plan, f"{self.path}: an arena")
         plan, last = with_end_point(self.plan, tokens)
         job = replace(job, plan=plan)
         with job.reporter:

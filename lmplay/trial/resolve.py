@@ -147,12 +147,7 @@ def resolve(
     plan = plan.for_precision(device.type, precision.name)
     if context:
         plan = recipe.in_context(plan, context)
-    stage = plan.steps[0]
-    if len(plan.steps) > 1 or stage.minutes or not (stage.tokens or stage.steps):
-        raise LmplayError(
-            f"{path}: a trial needs a plan of one stage with a budget in tokens or optimizer "
-            "steps; --tokens gives one"
-        )
+    tokens = tokens_of(plan, f"{path}: a trial", "; --tokens gives one")
     if size != 1:
         plan = resized(plan, size, path)
     ideas = [Arm.parse(text, "--exp") for text in design.exp]
@@ -175,8 +170,6 @@ def resolve(
                 f"--controls: {arm.label} is matched with its own baseline, {own}, not "
                 f"{against.label}"
             )
-    per_step = plan.batch.batch_size * (plan.model.max_len or 0)
-    tokens = stage.tokens or (stage.steps or 0) * per_step
     if any("batch.batch_size" in arm.settings | arm.experiment.recipe for arm in ideas):
         plan = plan.with_budget(tokens, None, None)  # as many steps would be other tokens
     plan, last = with_end_point(plan, tokens)
@@ -218,6 +211,25 @@ def resolve(
         else {},
     )
     return jobs, fixed
+
+
+def tokens_of(plan: Plan, who: str, remedy: str = "") -> int:
+    """Return the budget of a plan of one stage, in tokens.
+
+    Args:
+        who: what needs such a plan, and remedy: what to do, for the message.
+
+    Raises:
+        LmplayError: the plan has several stages, or its budget is in minutes or epochs.
+    """
+    stage = plan.steps[0]
+    per_step = plan.batch.batch_size * (plan.model.max_len or 0)
+    tokens = stage.tokens or (stage.steps or 0) * per_step
+    if len(plan.steps) > 1 or stage.minutes or not tokens:
+        raise LmplayError(
+            f"{who} needs a plan of one stage with a budget in tokens or optimizer steps{remedy}"
+        )
+    return tokens
 
 
 def _certificate(
