@@ -234,7 +234,7 @@ class Runner(ModelRunner):
 
     @contextmanager
     def fixed_weights(self, model: nn.Module) -> Iterator[None]:
-        """An optimizer step, at whose end the balance is mended."""
+        """The balance is updated at the end of an optimizer step."""
         yield
         for module in model.modules() if model.training else ():
             if isinstance(module, FeedForward):

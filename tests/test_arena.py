@@ -244,10 +244,10 @@ def test_a_certificate_is_measured_quoted_and_goes_stale(
         "--lr",
         "fixed",
     )
-    told = command(*trial, "--max-seeds", "2", "--no-panel")
-    assert told.returncode == 0, told.stderr
+    said = command(*trial, "--max-seeds", "2", "--no-panel")
+    assert said.returncode == 0, said.stderr
     word = "measured" if found.failed() else "certified"
-    assert f"arena {word} {found.date} in fp32" in told.stdout
+    assert f"arena {word} {found.date} in fp32" in said.stdout
     other = command(*trial, "--max-seeds", "2", "--no-panel", "--tokens", "2048", "--name", "x")
     assert "it holds for the plan's own budget" in other.stdout
     described = command("lmp_trainer", "--training-plan", "tiny.json", "--describe")
