@@ -101,7 +101,7 @@ def _exists(module: str) -> bool:
         return False
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)  # more than there are files: a scan of all must find each
 def _parsed(text: str, name: str) -> ast.Module:
     """Parse a file's text. A command lists the experiments several times."""
     return ast.parse(text, name)

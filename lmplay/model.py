@@ -93,7 +93,10 @@ def count_flops(runner: ModelRunner, model: nn.Module, batch: Batch, passes: int
 
     with undisturbed(model, batch.ids.device):
         once = _flops(lambda: step(1))
-        total = once if passes == 1 else once + (passes - 1) * (_flops(lambda: step(2)) - once)
+        each = once
+        if passes > 1 and type(runner).fixed_weights is not ModelRunner.fixed_weights:
+            each = _flops(lambda: step(2)) - once
+        total = once + (passes - 1) * each
     return total / passes / batch.ids.numel()
 
 
