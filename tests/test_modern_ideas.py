@@ -522,8 +522,9 @@ def test_memory_is_a_mixture_of_cells() -> None:
     close(memory(case.x), merged(read) @ memory.proj.weight.T)
 
 
-def test_unified_weights_against_their_formula() -> None:
-    case = Case("modern_uw")
+@pytest.mark.parametrize("idea", ["modern_uw", "modern_sac"])
+def test_unified_weights_against_their_formula(idea: str) -> None:
+    case = Case(idea)
     layer = case.block.ff.fc1
     expected = torch.empty_like(layer.weight)
     for i in range(64):
@@ -531,6 +532,14 @@ def test_unified_weights_against_their_formula() -> None:
             by_row = layer.weight[i, j] * layer.m_out[i] + layer.a_out[i]
             expected[i, j] = by_row * layer.m_in[j] + layer.a_in[j]
     close(layer(case.x), case.x @ expected.T)
+
+
+def test_sacrificial_weights_fold_into_modern() -> None:
+    case = Case("modern_sac")
+    shapes = {k: v.shape for k, v in Case("modern").model.state_dict().items()}
+    assert {
+        k: v.shape for k, v in case.subject.runner.fold(case.model).state_dict().items()
+    } == shapes
 
 
 # ---------------------------------------------------------------- training
