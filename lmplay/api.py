@@ -36,6 +36,7 @@ __all__ = [
     "KVCache",
     "ModelRunner",
     "OutputLayer",
+    "OwnForm",
     "StepOut",
     "Stream",
     "cache_weights",
@@ -107,6 +108,20 @@ class HfForm:
     config: dict[str, Any]
     names: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OwnForm:
+    """A model of the transformers library as an experiment's.
+
+    config: fields of the experiment's Config.
+    tensors: {our name: tensor}.
+    unused: transformers' names of tensors that have no place in the experiment's model.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    unused: list[str] = field(default_factory=list)
 
 
 class ModelRunner:
@@ -245,6 +260,22 @@ class ModelRunner:
 
         None: the harness asks the baseline's runner, which can export the model if its folded
         parameters are the baseline's by name and shape.
+        """
+        return None
+
+    @classmethod
+    def from_hf(cls, form: HfForm, max_len: int) -> OwnForm | None:
+        """Return a model of the transformers library as this experiment's, or None.
+
+        None: the harness asks the baseline's runner, and loads those of its tensors that fit.
+
+        Args:
+            form: its model_type, its config as a dict, and all of its tensors.
+            max_len: the longest sequence it will see.
+
+        Raises:
+            ValueError: its config has a feature that this model lacks; the message names it.
+            KeyError: a tensor is missing.
         """
         return None
 

@@ -351,25 +351,21 @@ def _changes(
 
 
 def _other_values(s: Subject, field: dataclasses.Field[Any]) -> list[Any]:
-    """Return other values of the field; for a text, those of the idea's variants."""
+    """Return other values of the field, those of the idea's variants for a text or a number."""
     value = getattr(s.config, field.name)
+    named = [v[field.name] for v in s.experiment.source.variants.values() if field.name in v]
     hint = typing.get_type_hints(type(s.config))[field.name]
     if typing.get_origin(hint) is typing.Literal:
         return [v for v in typing.get_args(hint) if v != value]
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [v for v in (value * 2, value + 1, max(1, value // 2)) if v != value]
+        return [v for v in (value * 2, value + 1, max(1, value // 2), 1, *named) if v != value]
     if isinstance(value, float):
         return [value * 2, value / 2 + 0.25, 0.5]
     if value is None:  # of an optional field; what it stands for, the variants say
-        return [
-            v[field.name]
-            for v in s.experiment.source.variants.values()
-            if v.get(field.name) is not None
-        ]
-    texts = [v[field.name] for v in s.experiment.source.variants.values() if field.name in v]
-    return [text for text in (*texts, value[::-1], value[:1]) if text != value]
+        return [v for v in named if v is not None]
+    return [text for text in (*named, value[::-1], value[:1]) if text != value]
 
 
 def _signature_or_none(s: Subject, name: str, value: Any) -> Any:
