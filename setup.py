@@ -96,6 +96,9 @@ setup(
         "console_scripts": scripts,
         # The market is a plugin: it registers as a package of yours would.
         "lmplay.sources": ["market = lmplay.market.source:MarketSource"],
-        "lmplay.tokenizers": ["market = lmplay.market.messages:Messages"],
+        "lmplay.tokenizers": [
+            "market = lmplay.market.messages:Messages",
+            "hf = lmplay.pretrained.tokenizer:Hf",
+        ],
     },
 )

@@ -52,6 +52,7 @@ class Config:
     dropout: float = 0.1
     head_bias: bool = True
     init: Literal["gpt2", "torch"] = "gpt2"  # how the layers start
+    gelu: Literal["none", "tanh"] = "none"  # GELU's approximation; GPT-2 was trained with tanh
     # CHANGED: m, the front table's width in embed_dims; 0: a plain table
     front_embed_mul: float = 8.0
     mid_mul: float = 1.0  # CHANGED: k, the middle's width in embed_dims
@@ -69,6 +70,8 @@ class Config:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.init not in ("gpt2", "torch"):
             raise ValueError(f'init "{self.init}" is neither "gpt2" nor "torch"')
+        if self.gelu not in ("none", "tanh"):
+            raise ValueError(f'gelu "{self.gelu}" is neither "none" nor "tanh"')
         if self.front_embed_mul < 0 or self.mid_mul <= 0:  # CHANGED
             raise ValueError("front_embed_mul must be 0 or more, mid_mul above 0")
 
@@ -234,13 +237,15 @@ class FeedForward(nn.Module):
     def __init__(self, c: Config, layer: int):  # CHANGED
         super().__init__()
         self.dropout = c.dropout
+        self.gelu = c.gelu
         path = f"blocks.{layer}.ff"
         std = 0.02 / math.sqrt(2 * c.num_blocks)
         self.fc1 = UnifiedLinear(c.embed_dim, 4 * c.embed_dim, c, f"{path}.fc1")  # CHANGED
         self.fc2 = UnifiedLinear(4 * c.embed_dim, c.embed_dim, c, f"{path}.fc2", std)  # CHANGED
 
     def forward(self, x: Tensor, w: Weights) -> Tensor:  # CHANGED
-        return dropout(self.fc2(F.gelu(self.fc1(x, w)), w), self.dropout, self.training)  # CHANGED
+        hidden = F.gelu(self.fc1(x, w), approximate=self.gelu)  # CHANGED
+        return dropout(self.fc2(hidden, w), self.dropout, self.training)  # CHANGED
 
 
 # CHANGED: to Block

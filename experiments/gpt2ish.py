@@ -12,7 +12,7 @@ Dropout acts on the sum of the embeddings and on each branch's output before it 
 not act on the attention weights, so that the fused attention can be used. Weights start as in
 GPT-2: normal with standard deviation .02, and .02 / sqrt(2 L) in `proj` and `fc2`, whose outputs
 are added to x. With tied=True and head_bias=False the weights map one to one to the transformers
-library's GPT2LMHeadModel (activation_function="gelu").
+library's GPT2LMHeadModel; with gelu=tanh as well it is GPT-2 as published.
 
 Source: https://github.com/jmward01/lmplay (gpt2ish).
 """
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmplay.api import HfForm, KVCache, ModelRunner, causal_attention, dropout
+from lmplay.api import HfForm, KVCache, ModelRunner, OwnForm, causal_attention, dropout
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Config:
     tied: bool = False
     head_bias: bool = True
     init: Literal["gpt2", "torch"] = "gpt2"  # how the layers start
+    gelu: Literal["none", "tanh"] = "none"  # GELU's approximation; GPT-2 was trained with tanh
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -51,6 +52,8 @@ class Config:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.init not in ("gpt2", "torch"):
             raise ValueError(f'init "{self.init}" is neither "gpt2" nor "torch"')
+        if self.gelu not in ("none", "tanh"):
+            raise ValueError(f'gelu "{self.gelu}" is neither "none" nor "tanh"')
         if self.tied and self.head_bias:
             raise ValueError("tied=true needs head_bias=false")
 
@@ -114,11 +117,13 @@ class FeedForward(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.dropout = c.dropout
+        self.gelu = c.gelu
         self.fc1 = Linear(c.embed_dim, 4 * c.embed_dim)
         self.fc2 = Linear(4 * c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+        hidden = F.gelu(self.fc1(x), approximate=self.gelu)
+        return dropout(self.fc2(hidden), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -160,6 +165,7 @@ class GPT(nn.Module):
 
 class Runner(ModelRunner):
     Config = Config
+    hf_types = ("gpt2",)
 
     def build(self) -> nn.Module:
         return start_as(self.config.init, GPT(self.config))
@@ -171,28 +177,14 @@ class Runner(ModelRunner):
         """
         c = self.config
         own = model.state_dict()
-        tensors = {
-            "transformer.wte.weight": own["tok_embed.weight"],
-            "transformer.wpe.weight": own["pos_embed.weight"],
-            "transformer.ln_f.weight": own["ln.weight"],
-            "transformer.ln_f.bias": own["ln.bias"],
-            "lm_head.weight": own["head.weight"],
-        }
-        if c.head_bias:
-            tensors["lm_head.bias"] = own[
-                "head.bias"
-            ]  # GPT-2 has none; lmplay/export/gpt2.py adds it
+        tensors = {theirs: own[name] for theirs, name in OUTSIDE.items()}
+        if c.head_bias:  # GPT-2 has none; lmplay/export/gpt2.py adds it
+            tensors["lm_head.bias"] = own["head.bias"]
         for i in range(c.num_blocks):
             for kind in ("weight", "bias"):
                 qkv = [own[f"blocks.{i}.attn.{name}.{kind}"] for name in ("query", "key", "value")]
-                block = {
-                    "ln_1": own[f"blocks.{i}.ln1.{kind}"],
-                    "ln_2": own[f"blocks.{i}.ln2.{kind}"],
-                    "attn.c_attn": torch.cat(qkv).t(),
-                    "attn.c_proj": own[f"blocks.{i}.attn.proj.{kind}"].t(),
-                    "mlp.c_fc": own[f"blocks.{i}.ff.fc1.{kind}"].t(),
-                    "mlp.c_proj": own[f"blocks.{i}.ff.fc2.{kind}"].t(),
-                }
+                block = {JOINED: torch.cat(qkv).t()}  # a vector is its own transpose
+                block |= {x: own[f"blocks.{i}.{name}.{kind}"].t() for x, name in INSIDE.items()}
                 tensors |= {f"transformer.h.{i}.{name}.{kind}": t for name, t in block.items()}
         config = {
             "vocab_size": c.vocab_size,
@@ -201,7 +193,7 @@ class Runner(ModelRunner):
             "n_layer": c.num_blocks,
             "n_head": c.num_heads,
             "n_inner": 4 * c.embed_dim,
-            "activation_function": "gelu",
+            "activation_function": ACTIVATIONS[c.gelu],
             "layer_norm_epsilon": 1e-5,
             "resid_pdrop": 0.0,  # an export is for use, not for training
             "embd_pdrop": 0.0,
@@ -210,6 +202,64 @@ class Runner(ModelRunner):
         }
         return HfForm("gpt2", config, tensors=tensors)
 
+    @classmethod
+    def from_hf(cls, form: HfForm, max_len: int) -> OwnForm:
+        theirs = form.config
+        dim = theirs["n_embd"]
+        expected = {
+            "n_inner": (None, 4 * dim),
+            "activation_function": ("gelu", "gelu_new", "gelu_pytorch_tanh"),  # two formulas
+            "layer_norm_epsilon": (1e-5,),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+        }
+        for key, values in expected.items():
+            if theirs[key] not in values:
+                raise ValueError(f"{key} {theirs[key]} is not supported")
+        if max_len > theirs["n_positions"]:
+            raise ValueError(f"it has {theirs['n_positions']} positions, not {max_len}")
+        t = form.tensors
+        tensors = {name: t[theirs] for theirs, name in OUTSIDE.items()}
+        tensors["pos_embed.weight"] = tensors["pos_embed.weight"][:max_len]
+        used = [*OUTSIDE]
+        for i in range(theirs["n_layer"]):
+            for kind in ("weight", "bias"):
+                block = {name: f"transformer.h.{i}.{name}.{kind}" for name in (*INSIDE, JOINED)}
+                used += block.values()
+                qkv = t[block[JOINED]].t().chunk(3)  # a vector is its own transpose
+                own = {f"attn.{n}": x for n, x in zip(("query", "key", "value"), qkv, strict=True)}
+                own |= {INSIDE[name]: t[block[name]].t() for name in INSIDE}
+                tensors |= {f"blocks.{i}.{name}.{kind}": x for name, x in own.items()}
+        config = {
+            "vocab_size": theirs["vocab_size"],
+            "embed_dim": dim,
+            "num_blocks": theirs["n_layer"],
+            "num_heads": theirs["n_head"],
+            "max_len": max_len,
+            "tied": theirs["tie_word_embeddings"],
+            "head_bias": False,
+            "gelu": "none" if theirs["activation_function"] == "gelu" else "tanh",
+        }
+        return OwnForm(config, tensors, sorted(set(t) - set(used)))
+
+
+ACTIVATIONS = {"none": "gelu", "tanh": "gelu_new"}
+JOINED = "attn.c_attn"
+INSIDE = {
+    "ln_1": "ln1",
+    "ln_2": "ln2",
+    "attn.c_proj": "attn.proj",
+    "mlp.c_fc": "ff.fc1",
+    "mlp.c_proj": "ff.fc2",
+}
+OUTSIDE = {
+    "transformer.wte.weight": "tok_embed.weight",
+    "transformer.wpe.weight": "pos_embed.weight",
+    "transformer.ln_f.weight": "ln.weight",
+    "transformer.ln_f.bias": "ln.bias",
+    "lm_head.weight": "head.weight",
+}
 
 BASELINE = "gpt2ish"
 DEFAULT = True  # what lmp_trainer trains without --exp, and lmp_new copies

@@ -202,6 +202,7 @@ class Llama(nn.Module):
 
 class Runner(ModelRunner):
     Config = Config
+    hf_types = ("llama", "mistral", "qwen2", "qwen3")
 
     def build(self) -> nn.Module:
         return Llama(self.config)
@@ -227,10 +228,8 @@ class Runner(ModelRunner):
         return HfForm(kinds[0], config, {hf_name(name): name for name in model.state_dict()})
 
     @classmethod
-    def from_hf(cls, form: HfForm, max_len: int) -> OwnForm | None:
+    def from_hf(cls, form: HfForm, max_len: int) -> OwnForm:
         theirs = form.config
-        if form.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
-            return None
         for key in ("mlp_bias", "attention_bias", "use_sliding_window"):
             if theirs.get(key):
                 raise ValueError(f"{key} is not supported")

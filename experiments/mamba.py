@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lmplay.api import HfForm, ModelRunner, dropout
+from lmplay.api import HfForm, ModelRunner, OwnForm, dropout
 
 # CHANGED: a mixer without attention, to the end
 
@@ -504,6 +504,7 @@ class Mamba(nn.Module):
 
 class Runner(ModelRunner):
     Config = Config
+    hf_types = ("mamba",)
 
     def build(self) -> nn.Module:
         return Mamba(self.config)
@@ -566,6 +567,35 @@ class Runner(ModelRunner):
         return HfForm(
             "mamba", config, {hf_name(name): name for name, _ in model.named_parameters()}
         )
+
+    @classmethod
+    def from_hf(cls, form: HfForm, max_len: int) -> OwnForm:
+        theirs = form.config
+        expected = {
+            "layer_norm_epsilon": 1e-5,
+            "use_bias": False,
+            "use_conv_bias": True,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+        }
+        for key, value in expected.items():
+            if theirs[key] != value:
+                raise ValueError(f"{key} {theirs[key]} is not supported, only {value}")
+        config = {
+            "vocab_size": theirs["vocab_size"],
+            "embed_dim": theirs["hidden_size"],
+            "num_blocks": theirs["num_hidden_layers"],
+            "max_len": max_len,
+            "state_dim": theirs["state_size"],
+            "expand": theirs["expand"],
+            "conv_width": theirs["conv_kernel"],
+            "dt_ratio": theirs["hidden_size"] // theirs["time_step_rank"],
+        }
+        with torch.device("meta"):
+            names = {name: hf_name(name) for name, _ in Mamba(Config(**config)).named_parameters()}
+        tensors = {ours: form.tensors[theirs] for ours, theirs in names.items()}
+        unused = set(form.tensors) - {*names.values(), "lm_head.weight"}  # which is tied
+        return OwnForm(config, tensors, sorted(unused))
 
 
 def hf_name(name: str) -> str:

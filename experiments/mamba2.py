@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lmplay.api import HfForm, KVCache, ModelRunner, causal_attention, dropout
+from lmplay.api import HfForm, KVCache, ModelRunner, OwnForm, causal_attention, dropout
 
 # CHANGED: a mixer without attention, to the end
 
@@ -451,6 +451,7 @@ class Mamba2(nn.Module):
 
 class Runner(ModelRunner):
     Config = Config
+    hf_types = ("mamba2",)
 
     def build(self) -> nn.Module:
         return Mamba2(self.config)
@@ -518,6 +519,43 @@ class Runner(ModelRunner):
         return HfForm(
             "mamba2", config, {hf_name(name): name for name, _ in model.named_parameters()}
         )
+
+    @classmethod
+    def from_hf(cls, form: HfForm, max_len: int) -> OwnForm:
+        theirs = form.config
+        heads = theirs["num_heads"]
+        expand = theirs["expand"]
+        expected = {
+            "layer_norm_epsilon": 1e-5,
+            "use_bias": False,
+            "use_conv_bias": True,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+            "n_groups": 1,
+            "head_dim": expand * theirs["hidden_size"] // heads,
+            "num_heads": heads // expand * expand,
+        }
+        for key, value in expected.items():
+            if theirs[key] != value:
+                raise ValueError(f"{key} {theirs[key]} is not supported, only {value}")
+        low, high = theirs["time_step_limit"]
+        if low > 0 or high < math.inf:
+            raise ValueError(f"time_step_limit {low}, {high} is not supported, only none")
+        config = {
+            "vocab_size": theirs["vocab_size"],
+            "embed_dim": theirs["hidden_size"],
+            "num_blocks": theirs["num_hidden_layers"],
+            "num_heads": heads // expand,
+            "max_len": max_len,
+            "state_dim": theirs["state_size"],
+            "expand": expand,
+            "conv_width": theirs["conv_kernel"],
+        }
+        with torch.device("meta"):
+            names = {name: hf_name(name) for name, _ in Mamba2(Config(**config)).named_parameters()}
+        tensors = {ours: form.tensors[theirs] for ours, theirs in names.items()}
+        unused = set(form.tensors) - {*names.values(), "lm_head.weight"}  # which is tied
+        return OwnForm(config, tensors, sorted(unused))
 
 
 def hf_name(name: str) -> str:

@@ -46,6 +46,7 @@ class Config:
     dropout: float = 0.1
     head_bias: bool = True
     init: Literal["gpt2", "torch"] = "gpt2"  # how the layers start
+    gelu: Literal["none", "tanh"] = "none"  # GELU's approximation; GPT-2 was trained with tanh
     pattern: str = "BNN"  # CHANGED: the order of blocks and memories
     cells: int = 128  # CHANGED: C
     mem_heads: int = 6  # CHANGED: M
@@ -60,6 +61,8 @@ class Config:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.init not in ("gpt2", "torch"):
             raise ValueError(f'init "{self.init}" is neither "gpt2" nor "torch"')
+        if self.gelu not in ("none", "tanh"):
+            raise ValueError(f'gelu "{self.gelu}" is neither "none" nor "tanh"')
         if "B" not in self.letters or set(self.pattern) - set("BN- "):  # CHANGED
             raise ValueError(
                 f"pattern {self.pattern}: it is made of B and N, with a B among the first "
@@ -134,11 +137,13 @@ class FeedForward(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.dropout = c.dropout
+        self.gelu = c.gelu
         self.fc1 = Linear(c.embed_dim, 4 * c.embed_dim)
         self.fc2 = Linear(4 * c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+        hidden = F.gelu(self.fc1(x), approximate=self.gelu)
+        return dropout(self.fc2(hidden), self.dropout, self.training)
 
 
 class Block(nn.Module):

@@ -44,6 +44,7 @@ class Config:
     dropout: float = 0.1
     head_bias: bool = True
     init: Literal["gpt2", "torch"] = "gpt2"  # how the layers start
+    gelu: Literal["none", "tanh"] = "none"  # GELU's approximation; GPT-2 was trained with tanh
     cells: int = 10  # CHANGED: C
     # CHANGED: what is mixed
     layers: Literal["value_proj", "attention", "feed_forward"] = "value_proj"
@@ -57,6 +58,8 @@ class Config:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.init not in ("gpt2", "torch"):
             raise ValueError(f'init "{self.init}" is neither "gpt2" nor "torch"')
+        if self.gelu not in ("none", "tanh"):
+            raise ValueError(f'gelu "{self.gelu}" is neither "none" nor "tanh"')
         if self.cells < 2:  # CHANGED
             raise ValueError("cells must be 2 or more")
 
@@ -163,6 +166,7 @@ class FeedForward(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.dropout = c.dropout
+        self.gelu = c.gelu
         self.fc1 = linear("fc1", c.embed_dim, 4 * c.embed_dim, c)  # CHANGED
         # CHANGED
         self.fc2 = linear(
@@ -170,7 +174,8 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+        hidden = F.gelu(self.fc1(x), approximate=self.gelu)
+        return dropout(self.fc2(hidden), self.dropout, self.training)
 
 
 class Block(nn.Module):

@@ -43,6 +43,7 @@ class Config:
     tied: bool = False
     head_bias: bool = True
     init: Literal["gpt2", "torch"] = "gpt2"  # how the layers start
+    gelu: Literal["none", "tanh"] = "none"  # GELU's approximation; GPT-2 was trained with tanh
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -53,6 +54,8 @@ class Config:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.init not in ("gpt2", "torch"):
             raise ValueError(f'init "{self.init}" is neither "gpt2" nor "torch"')
+        if self.gelu not in ("none", "tanh"):
+            raise ValueError(f'gelu "{self.gelu}" is neither "none" nor "tanh"')
         if self.tied and self.head_bias:
             raise ValueError("tied=true needs head_bias=false")
 
@@ -116,11 +119,13 @@ class FeedForward(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.dropout = c.dropout
+        self.gelu = c.gelu
         self.fc1 = Linear(c.embed_dim, 4 * c.embed_dim)
         self.fc2 = Linear(4 * c.embed_dim, c.embed_dim, std=0.02 / math.sqrt(2 * c.num_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+        hidden = F.gelu(self.fc1(x), approximate=self.gelu)
+        return dropout(self.fc2(hidden), self.dropout, self.training)
 
 
 class Block(nn.Module):

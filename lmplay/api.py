@@ -137,6 +137,8 @@ class ModelRunner:
     Config: ClassVar[type]
     training_only: ClassVar[tuple[str, ...]] = ()
     """Patterns (fnmatch) of parameters that only training needs. :meth:`fold` removes them."""
+    hf_types: ClassVar[tuple[str, ...]] = ()
+    """The model_types of the transformers library that :meth:`from_hf` can read."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -264,20 +266,22 @@ class ModelRunner:
         return None
 
     @classmethod
-    def from_hf(cls, form: HfForm, max_len: int) -> OwnForm | None:
-        """Return a model of the transformers library as this experiment's, or None.
+    def from_hf(cls, form: HfForm, max_len: int) -> OwnForm:
+        """Return a model of the transformers library, of one of `hf_types`, as this experiment's.
 
-        None: the harness asks the baseline's runner, and loads those of its tensors that fit.
+        If a runner has no `hf_types`, the harness asks the baseline's, and loads those of its
+        tensors that fit the experiment's model.
 
         Args:
-            form: its model_type, its config as a dict, and all of its tensors.
+            form: its model_type, its config as a dict, and all of its tensors; on the device
+                "meta" if only the fields of the Config are wanted.
             max_len: the longest sequence it will see.
 
         Raises:
             ValueError: its config has a feature that this model lacks; the message names it.
             KeyError: a tensor is missing.
         """
-        return None
+        raise NotImplementedError
 
     def fold(self, model: nn.Module) -> nn.Module:
         """Return the same function without the parameters that only training needs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -92,11 +92,12 @@ def generate(
     num_samples: int = 1,
     seed: int = 0,
     eot: int | None = None,
+    stops: Collection[int] = (),
 ) -> Iterator[list[int]]:
     """Yield the next token of each of `num_samples` continuations of a prompt.
 
-    Ends after `new_tokens` tokens, or when all sequences have reached `eot`. A sequence that has
-    reached it repeats it.
+    Ends after `new_tokens` tokens, or when all sequences have reached `eot` or one of `stops`. A
+    sequence that has reached one repeats `eot`.
 
     The cache holds `window` positions. When it is full, the last half of the window is read into an
     empty cache and decoding continues. With None, the model's memory does not grow and nothing is
@@ -113,6 +114,7 @@ def generate(
     seen = torch.zeros(num_samples, vocab_size, dtype=torch.bool, device=device)
     seen.scatter_(1, context, True)
     ended = torch.zeros(num_samples, dtype=torch.bool, device=device)
+    ends = torch.tensor([*stops, *([] if eot is None else [eot])], device=device)
     if window is None:
         window = context.shape[1] + new_tokens
     unread = context[:, -window:]
@@ -130,7 +132,7 @@ def generate(
                 token = choose(logits, seen, how, generator)
                 if eot is not None:
                     token = torch.where(ended, eot, token)
-                    ended |= token == eot
+                    ended |= torch.isin(token, ends)
                 seen.scatter_(1, token.unsqueeze(1), True)
                 unread = token.unsqueeze(1)
                 context = torch.cat([context, unread], 1)[:, -window:]

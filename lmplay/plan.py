@@ -154,6 +154,9 @@ class Plan(Strict):
     batch: BatchSpec = BatchSpec()
     validation: Validation = Validation()
     seed: int = Field(0, ge=0, lt=2**63)
+    initial_model: str | None = Field(
+        None, description="where every run starts: hf:FOLDER or NAME, gguf:FILE, or a run's folder"
+    )
     steps: list[PlanStage] = Field(min_length=1)
     contexts: dict[str, dict[str, Any]] = Field(
         {}, description="by name, settings of the recipe under which a trial repeats its question"
@@ -204,6 +207,8 @@ class Plan(Strict):
         content["tokenizer"] = self.tokenizer.identity()
         if content["model"]["init"] is None:  # as in plans of before there was the key
             del content["model"]["init"]
+        if content["initial_model"] is None:
+            del content["initial_model"]
         if content["validation"]["solved"] is None:
             del content["validation"]["solved"]
         for stage in content["steps"]:
@@ -328,7 +333,16 @@ def load_plan(path: Path) -> Plan:
     plan = parse_plan(raw, str(path))
     located = {name: source.relative_to(path.parent) for name, source in plan.datasets.items()}
     tokenizer = plan.tokenizer.relative_to(path.parent)
-    return plan.model_copy(update={"datasets": located, "tokenizer": tokenizer})
+    start = plan.initial_model and located_model(plan.initial_model, path.parent)
+    parts = {"datasets": located, "tokenizer": tokenizer, "initial_model": start}
+    return plan.model_copy(update=parts)
+
+
+def located_model(model: str, folder: Path) -> str:
+    """Return the name of a model with a local path in it made relative to a plan's folder."""
+    kind, colon, name = model.rpartition(":")
+    local = folder / Path(name).expanduser()
+    return f"{kind}{colon}{local}" if local.exists() else model
 
 
 class _RepeatedKeyError(Exception):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .decoding import Sampling
     from .training.progress import Reporter
-    from .training.restore import Restored
+    from .training.restore import LoadedModel
     from .training.run_folder import RunFolder
 
 
@@ -56,9 +56,8 @@ def train(
     from .training.progress import Reporter
     from .training.run import RunOptions, make_job, prepare_run
 
-    for name in ("out", "initial_model"):
-        if options.get(name) is not None:
-            options[name] = Path(options[name])
+    if "out" in options:
+        options["out"] = Path(options["out"])
     job = make_job(
         exp or default_baseline(),
         training_plan,
@@ -146,11 +145,12 @@ def load(
     out: Path | str = "gpt_out",
     device: str = "auto",
     trust: bool = False,
-) -> Restored:
+) -> LoadedModel:
     """Load a trained model, folded, for use: its runner, model and tokenizer.
 
     Args:
-        model: a run's folder or a checkpoint's. Default: the newest run below `out`.
+        model: a run's folder or a checkpoint's, or a pretrained model: `hf:FOLDER`, `hf:NAME` on
+            the hub, or `gguf:FILE`. Default: the newest run below `out`.
         trust: execute the source in the run's folder also if it is from elsewhere.
 
     Raises:
@@ -160,6 +160,7 @@ def load(
     from dataclasses import replace
 
     from .devices import pick_device
+    from .pretrained.tokenizer import is_pretrained
     from .training.restore import locate, restore
 
     chosen = pick_device(device)
@@ -167,8 +168,13 @@ def load(
     def note(text: str) -> None:
         print(text, file=sys.stderr)
 
-    path = None if model is None else Path(model)
-    restored = restore(*locate(path, Path(out), note, "--model"), trust)
+    if is_pretrained(model):
+        from .pretrained.source import load_pretrained
+
+        restored = load_pretrained(str(model))
+    else:
+        path = None if model is None else Path(model)
+        restored = restore(*locate(path, Path(out), note, "--model"), trust)
     on_device = restored.model.to(chosen)
     folded = on_device if restored.folded else restored.runner.fold(on_device)
     return replace(restored, model=folded, folded=True)
@@ -176,7 +182,7 @@ def load(
 
 def stream(
     prompt: str,
-    restored: Restored,
+    restored: LoadedModel,
     sampling: Sampling,
     max_len: int = 200,
     num_samples: int = 1,
@@ -195,7 +201,7 @@ def stream(
     steps = decode(
         restored.runner,
         restored.model,
-        tokenizer.encode(prompt),
+        [tokenizer.eot] * tokenizer.begins_with_eot + tokenizer.encode(prompt),
         max_len,
         restored.runner.window(),
         restored.config.vocab_size,
@@ -203,11 +209,12 @@ def stream(
         num_samples,
         seed,
         tokenizer.eot,
+        tokenizer.stops,
     )
     for row in steps:
         pieces = []
         for i, token in enumerate(row):
-            ended[i] = ended[i] or token == tokenizer.eot
+            ended[i] = ended[i] or token in tokenizer.stops
             pieces.append("" if ended[i] else texts[i].add(token))
         yield pieces
     yield [text.end() for text in texts]
@@ -232,7 +239,7 @@ def generate(
     """Return `num_samples` texts that begin with the prompt.
 
     Args:
-        model: a run's folder or a checkpoint's. Default: the newest run below `out`.
+        model: as for :func:`load`. Default: the newest run below `out`.
         max_len: new tokens at most.
         do_sample: draw tokens; otherwise take the most likely one.
         trust: execute the source in the run's folder also if it is from elsewhere.

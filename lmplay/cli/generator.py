@@ -19,9 +19,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("prompt", metavar="PROMPT|FILE", help="the prompt, or a file that contains it")
     p.add_argument(
         "--model",
-        type=Path,
-        metavar="RUN|CHECKPOINT",
-        help="a run's folder or a checkpoint in it (the newest run)",
+        metavar="RUN|CHECKPOINT|hf:NAME|gguf:FILE",
+        help="a run's folder, a checkpoint in it, or a pretrained model (the newest run)",
     )
     p.add_argument(
         "--max-len",

@@ -101,7 +101,10 @@ def parser() -> argparse.ArgumentParser:
         help="train the baseline at the experiment's size instead",
     )
     p.add_argument(
-        "--initial-model", type=Path, metavar="RUN", help="start from a trained run's weights"
+        "--initial-model",
+        metavar="RUN|hf:NAME|gguf:FILE",
+        help="start from the weights of a run, or of a pretrained model, whose sizes and tokenizer "
+        "replace the plan's",
     )
     _args.add_trust(p)
     p.add_argument(

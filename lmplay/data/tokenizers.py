@@ -72,12 +72,20 @@ class Tokenizer:
         trained: whether the tokenizer is made from the plan's documents, by :meth:`train`.
         pieces: the bytes of each token, in the order of the ids.
         eot: id of the end-of-text token.
+        begins_with_eot: whether a text alone begins with it, as a pretrained model expects.
+        stops: ids that end a generated text; eot is one of them.
     """
 
     Schema: ClassVar[type[TokenizerSchema]]
     trained: ClassVar[bool] = False
     pieces: list[bytes]
     eot: int
+    begins_with_eot: bool = False
+    _stops: frozenset[int] = frozenset()
+
+    @property
+    def stops(self) -> frozenset[int]:
+        return self._stops | {self.eot}
 
     @property
     def kind(self) -> str:

@@ -54,7 +54,6 @@ from .curves import (
 from .optimizers import Optimizers, lr_multiplier
 from .progress import Reporter
 from .record import check_state
-from .restore import Restored
 from .run_folder import RunFolder
 
 LN2 = math.log(2)
@@ -94,7 +93,7 @@ class Options:
 class Start:
     """Where a run's weights come from, and which of them it trains."""
 
-    initial: Restored | None = None
+    initial: warm_start.InitialWeights | None = None
     freeze: tuple[str, ...] = ()
     train_only: tuple[str, ...] = ()
 

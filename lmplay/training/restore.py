@@ -21,17 +21,29 @@ from .run_folder import RUN_FILE, RunFolder, find_runs
 
 
 @dataclass(frozen=True)
-class Restored:
-    """A run's model from one of its checkpoints. `folded`: it was folded before it was saved."""
+class LoadedModel:
+    """A model for use, with its tokenizer.
 
-    run: RunFolder
-    found: Checkpoint
+    Attributes:
+        name: a run's folder, or the name of a pretrained model.
+        folded: whether the model is folded.
+    """
+
+    name: str
     experiment: Experiment
     config: Any
     runner: ModelRunner
     model: nn.Module
     tokenizer: Tokenizer
     folded: bool
+
+
+@dataclass(frozen=True)
+class Restored(LoadedModel):
+    """A run's model from one of its checkpoints. `folded`: it was folded before it was saved."""
+
+    run: RunFolder
+    found: Checkpoint
 
 
 def with_settings(restored: Restored, overrides: Mapping[str, str]) -> Restored:
@@ -146,4 +158,5 @@ def restore(run: RunFolder, found: Checkpoint, trust: bool = False) -> Restored:
     if folded:
         model = runner.fold(model)
     checkpoint.load_model_tensors(model, found.tensors("model"), found.path)
-    return Restored(run, found, experiment, config, runner, model, tokenizer, folded)
+    name = str(run.path)
+    return Restored(name, experiment, config, runner, model, tokenizer, folded, run, found)

@@ -28,13 +28,15 @@ from ..errors import LmplayError, first_line
 from ..files import write_text
 from ..model import autocast, to_batch
 from ..plan import ModelSizes, Plan, find_plan, load_plan
+from ..pretrained.source import Pretrained
+from ..pretrained.tokenizer import is_pretrained
 from ..threads import Share
 from . import loggers, warm_start
 from .extend import Extended, find_shorter
 from .loop import Options, Start, Stopped, Trainer
 from .match import Match, Size, compare_sizes, match, measure
 from .progress import Reporter
-from .restore import Restored, locate, restore
+from .restore import locate, restore
 from .run_folder import (
     RUN_FILE,
     RunFolder,
@@ -64,7 +66,7 @@ class RunOptions:
     fresh: bool = False  # move an existing run aside
     extend: bool = False  # continue a finished run that has a smaller budget
     no_dirty: bool = False  # refuse to run with uncommitted changes
-    initial_model: Path | None = None
+    initial_model: Path | str | None = None  # a run's folder, or hf:... or gguf:...
     trust: bool = False  # execute the source in the folder of initial_model, wherever it is from
     freeze: tuple[str, ...] = ()
     train_only: tuple[str, ...] = ()
@@ -88,6 +90,7 @@ class Job:
     reporter: Reporter
     options: RunOptions = field(default_factory=RunOptions)
     base_plan: Plan | None = None  # without those settings; None: the same
+    pretrained: Pretrained | None = None  # whose sizes the model has
 
     def with_arm(self, experiment: Experiment, overrides: Mapping[str, str]) -> Job:
         """Return the job of another arm in the same arena.
@@ -131,6 +134,12 @@ def make_job(
         reporter.note(f"training plan: {name} (--training-plan list shows the others)")
     path = find_plan(name)
     plan = load_plan(path).with_budget(options.tokens, options.steps, options.minutes)
+    if options.initial_model is None and plan.initial_model is not None:
+        options = replace(options, initial_model=plan.initial_model)
+    pretrained = None
+    if is_pretrained(options.initial_model):
+        pretrained = Pretrained(str(options.initial_model))
+        plan = plan.model_copy(update={"tokenizer": pretrained.schema})
     wanted = plan
     plan = plan.for_precision(torch_device.type, precision.name)
     for before, after in zip(wanted.steps, plan.steps, strict=True):
@@ -139,13 +148,29 @@ def make_job(
                 f"float32 on a CPU: the plan's budget for it, {after.tokens:,} tokens "
                 f"(with bf16, which --amp uses: {before.tokens:,})"
             )
-    job = Job(experiment, {}, path.stem, plan, torch_device, precision, reporter, options)
+    job = Job(
+        experiment,
+        {},
+        path.stem,
+        plan,
+        torch_device,
+        precision,
+        reporter,
+        options,
+        None,
+        pretrained,
+    )
     return job.with_arm(experiment, overrides)
 
 
 def sized_config(job: Job, vocab: int) -> Any:
     """Return the experiment's Config at the plan's sizes."""
-    config, unused = job.experiment.config({**job.plan.sizes(), "vocab_size": vocab}, job.overrides)
+    sizes = {**job.plan.sizes(), "vocab_size": vocab}
+    if job.pretrained is not None:
+        max_len = job.pretrained.max_len(job.plan.model.max_len)
+        theirs = job.pretrained.fields(job.experiment, max_len)
+        sizes |= theirs
+    config, unused = job.experiment.config(sizes, job.overrides)
     try:  # sizes from --set have the plan's limits
         own = {f: getattr(config, f, None) for f in ModelSizes.model_fields}
         ModelSizes(**own)
@@ -194,11 +219,21 @@ def run_folder(job: Job, settings: dict[str, str]) -> RunFolder:
     if options.extend:
         extras.append("extended")
     if options.initial_model:
-        extras.append(f"from={options.initial_model.resolve().name}")
+        extras.append(f"from={initial_name(options.initial_model)}")
     extras += [f"freeze={p}" for p in options.freeze]
     extras += [f"train_only={p}" for p in options.train_only]
     name = folder_name(job.experiment.variant, settings, extras, job.seed)
     return RunFolder(options.out / safe_name(job.plan_name) / name)
+
+
+def initial_name(model: Path | str) -> str:
+    """Return the part of an initial model's name that goes into a run's."""
+    return Path(str(model).partition(":")[2] if is_pretrained(model) else model).resolve().name
+
+
+def initial_record(model: Path | str) -> str:
+    """Return an initial model's name for run.json."""
+    return str(model) if is_pretrained(model) else str(Path(model).resolve())
 
 
 def recorded(folder: RunFolder) -> dict[str, Any]:
@@ -330,25 +365,31 @@ class PreparedRun:
         self.identity["extends"] = found.found.fingerprint
         return found
 
-    def _initial(self) -> Restored | None:
-        """Return the run to start from; None if there is none, or if this run has already begun.
+    def _initial(self) -> warm_start.InitialWeights | None:
+        """Return the weights to start from; None if there are none, or if this run has begun.
 
-        The other run may have trained on since this run began.
+        The run that they are from may have trained on since this run began.
         """
         options = self.job.options
         if options.initial_model is None:
             return None
         known = {} if options.fresh else recorded(self.folder)
-        same = known.get("initial_model") == str(options.initial_model.resolve())
+        same = known.get("initial_model") == initial_record(options.initial_model)
         if same and any(self.folder.checkpoints.glob("[0-9]*")):
             self.identity["initial"] = known["identity"]["initial"]
             return None
         note = self.job.reporter.note
-        run, found = locate(options.initial_model, options.out, note, "--initial-model")
-        source = restore(run, found, options.trust)
-        warm_start.check_tokenizer(source, self.prepared.tokenizer.fingerprint)
-        self.identity["initial"] = source.found.fingerprint
-        return source
+        if self.job.pretrained is not None:
+            note(f"loading {self.job.pretrained.spec} ...")
+            weights = self.job.pretrained.weights(self.job.experiment, self.config.max_len)
+        else:
+            path = Path(options.initial_model)
+            run, found = locate(path, options.out, note, "--initial-model")
+            source = restore(run, found, options.trust)
+            warm_start.check_tokenizer(source, self.prepared.tokenizer.fingerprint)
+            weights = warm_start.InitialWeights.of(source)
+        self.identity["initial"] = weights.fingerprint
+        return weights
 
     def trainer(self) -> Trainer:
         job = self.job
@@ -525,7 +566,7 @@ class PreparedRun:
         if self.match is not None:
             content["match"] = asdict(self.match)
         if self.initial is not None and job.options.initial_model is not None:
-            content["initial_model"] = str(job.options.initial_model.resolve())
+            content["initial_model"] = initial_record(job.options.initial_model)
         label = self._label()
         if label != job.experiment.variant:
             content["label"] = label
@@ -540,7 +581,7 @@ class PreparedRun:
         if options.extend:
             label += ", extended"
         if self.initial is not None:
-            label += f", from {self.initial.experiment.variant}"
+            label += f", from {self.initial.name}"
         if options.freeze:
             label += f", without {' '.join(options.freeze)}"
         if options.train_only:

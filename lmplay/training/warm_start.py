@@ -1,17 +1,66 @@
-"""Start from a trained run's weights, and freeze parameters."""
+"""Start from a trained model's weights, and freeze parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..api import ModelRunner
 from ..errors import LmplayError, did_you_mean
 from .checkpoint import model_tensors
 from .restore import Restored
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Weights of a trained model, to start from.
+
+    Attributes:
+        name: in labels of runs.
+        where: in messages.
+        tensors: by the names of the experiment's model, or of another experiment's.
+        fingerprint: a sha256.
+        unused: names of tensors that have no place in the experiment's model.
+    """
+
+    name: str
+    where: str
+    tensors: dict[str, Tensor]
+    fingerprint: str
+    unused: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, source: Restored) -> InitialWeights:
+        """Return the weights of a run."""
+        return cls(
+            source.experiment.variant,
+            f"{source.name}, step {source.found.step}",
+            model_tensors(source.model),
+            source.found.fingerprint,
+        )
+
+    def check_complete(self, model: nn.Module) -> None:
+        """Check that there is a tensor for each of the model's, of its shape.
+
+        Raises:
+            LmplayError: one is missing.
+        """
+        for name, own in model_tensors(model).items():
+            if name not in self.tensors or self.tensors[name].shape != own.shape:
+                raise LmplayError(f"{self.where}: it has no {name} of the shape {(*own.shape,)}")
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> set[str]:
+        """Copy the tensors with a name and shape of the model's; return their names."""
+        own = model_tensors(model)
+        fits = {n for n, t in self.tensors.items() if n in own and own[n].shape == t.shape}
+        for name in fits:
+            own[name].copy_(self.tensors[name])
+        return fits
 
 
 def check_tokenizer(source: Restored, fingerprint: str) -> None:
@@ -30,32 +79,30 @@ def check_tokenizer(source: Restored, fingerprint: str) -> None:
 
 
 def warm_start(
-    runner: ModelRunner, model: nn.Module, source: Restored, log: Callable[[str], None]
+    runner: ModelRunner, model: nn.Module, source: InitialWeights, log: Callable[[str], None]
 ) -> None:
-    """Copy a trained run's weights into the model, and log which were not used.
+    """Copy a trained model's weights into the model, and log which were not used.
 
     Tensors with equal name and shape are copied. The runner may use the others
     (:meth:`ModelRunner.warm_start`).
 
     Raises:
-        LmplayError: none of the run's weights fits.
+        LmplayError: none of the weights fits.
     """
-    where = source.run.path
-    given = model_tensors(source.model)
     own = model_tensors(model)
-    fits = {name for name, t in given.items() if name in own and own[name].shape == t.shape}
-    with torch.no_grad():
-        for name in fits:
-            own[name].copy_(given[name])
+    tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - set(own)
+    given = {name: t for name, t in source.tensors.items() if name not in tied}
+    fits = source.copy_to(model)
     rest = {name: t for name, t in given.items() if name not in fits}
     versions = {name: t._version for name, t in own.items()}
     used = runner.warm_start(model, rest, log) if rest else set()
     written = {name for name, t in own.items() if t._version != versions[name]}
     if not fits and not used:
-        raise LmplayError(f"--initial-model {where}: none of its weights fits this model")
+        raise LmplayError(f"--initial-model {source.where}: none of its weights fits this model")
     count = len(fits) + len(used)
-    log(f"from {where}, step {source.found.step}: {count} of {len(given)} tensors")
-    for title, names in (("not loaded", set(rest) - used), ("new here", set(own) - fits - written)):
+    log(f"from {source.where}: {count} of {len(given) + len(source.unused)} tensors")
+    lost = {*source.unused, *rest} - used
+    for title, names in (("not loaded", lost), ("new here", set(own) - fits - written)):
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             log(f"{title}: {', '.join(sorted(names)[:8])}{more}")

@@ -1,0 +1,1 @@
+"""Models and tokenizers that other people trained, through the transformers library."""
