@@ -104,7 +104,8 @@ def test_market_uses_only_the_registry() -> None:
 
 def experiment_names() -> set[str]:
     """Names of ideas and variants, without those that are plain words of this field."""
-    words = {"focus", "modern", "hybrid", "tied", "relu"}
+    words = {"focus", "modern", "hybrid", "tied", "relu"}  # English, and below architectures
+    words |= {"llama", "mistral", "qwen2", "qwen3"}
     sources = [read_source(p, "") for p in (ROOT / "experiments").glob("*.py")]
     names = {name for s in sources for name in (s.idea, *s.variants)}
     return names - words

@@ -27,6 +27,7 @@ DOCS_OF_TEXT = (
     "docs/plans.md",
     "docs/export.md",
     "docs/studies.md",
+    "docs/pretrained.md",
 )
 DOCS = (*DOCS_OF_TEXT, "docs/market.md")
 NOT_RUN = {  # by a test of commands; `make demo` and `make test` are what CI runs

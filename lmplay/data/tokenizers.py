@@ -73,7 +73,7 @@ class Tokenizer:
         pieces: the bytes of each token, in the order of the ids.
         eot: id of the end-of-text token.
         begins_with_eot: whether a text alone begins with it, as a pretrained model expects.
-        stops: ids that end a generated text; eot is one of them.
+        eos: id that ends a text, if that is another than eot; else None.
     """
 
     Schema: ClassVar[type[TokenizerSchema]]
@@ -81,11 +81,16 @@ class Tokenizer:
     pieces: list[bytes]
     eot: int
     begins_with_eot: bool = False
-    _stops: frozenset[int] = frozenset()
+    eos: int | None = None
 
     @property
     def stops(self) -> frozenset[int]:
-        return self._stops | {self.eot}
+        """Ids that end a generated text."""
+        return frozenset({self.eot} if self.eos is None else {self.eot, self.eos})
+
+    def library_form(self) -> Any | None:
+        """Return the same tokenizer of the tokenizers library, for exports, if there is one."""
+        return None
 
     @property
     def kind(self) -> str:

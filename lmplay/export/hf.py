@@ -78,8 +78,8 @@ def write_hf(folder: Path, form: HfForm, tokenizer: Tokenizer, max_len: int) -> 
         LmplayError: the library's model has other parameters than the form.
     """
     transformers = need("transformers")
-    eot = tokenizer.eot
-    tokens = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    eos = tokenizer.eot if tokenizer.eos is None else tokenizer.eos
+    tokens = {"bos_token_id": tokenizer.eot, "eos_token_id": eos, "pad_token_id": eos}
     config = transformers.AutoConfig.for_model(form.model_type, **form.config, **tokens)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)

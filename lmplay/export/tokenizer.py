@@ -21,13 +21,15 @@ def fast_tokenizer(tokenizer: Tokenizer, max_len: int) -> Any:
         LmplayError: there is no such form of it.
     """
     transformers = need("transformers")
+    made = backend(tokenizer)
+    eos = tokenizer.eot if tokenizer.eos is None else tokenizer.eos
     # The end-of-text token cannot be written in a text of ours, so it is cut like any other text
     # there, too.
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend(tokenizer),
-        bos_token=EOT,
-        eos_token=EOT,
-        pad_token=EOT,
+        tokenizer_object=made,
+        bos_token=made.id_to_token(tokenizer.eot),
+        eos_token=made.id_to_token(eos),
+        pad_token=made.id_to_token(eos),
         model_max_length=max_len,
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
@@ -40,6 +42,8 @@ def backend(tokenizer: Tokenizer) -> Any:
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
     alphabet = byte_alphabet()
+    if (own := tokenizer.library_form()) is not None:
+        return own
     if isinstance(tokenizer, Tiktoken):
         return _with_same_ids(_from_tiktoken(tokenizer), tokenizer)
     if isinstance(tokenizer, Bpe):

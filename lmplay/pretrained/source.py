@@ -20,6 +20,10 @@ from ..training.warm_start import InitialWeights
 from .tokenizer import Hf, HfTokenizer, location, read_tokenizer
 
 DEFAULT_LENGTH = 1024  # of a model that can read longer texts, where no plan says
+NOT_READ = {  # by transformers, of a GGUF file: an attribute of the config, and its key
+    "gpt2": ("n_positions", "gpt2.context_length"),
+    "qwen3": ("head_dim", "qwen3.attention.key_length"),
+}
 
 
 class Pretrained:
@@ -53,8 +57,14 @@ class Pretrained:
 
     def _config(self) -> Any:
         config = self._read(lambda: self.transformers.AutoConfig.from_pretrained, "its config")
-        if self.gguf and config.model_type == "gpt2":  # which transformers does not read
-            config.n_positions = _gguf_context(Path(self.folder) / self.gguf["gguf_file"])
+        if self.gguf:
+            for key, value in config.to_dict().items():
+                if isinstance(value, float):  # GGUF has float32: 1e-5 is 9.999999747378752e-06
+                    setattr(config, key, float(f"{value:.7g}"))
+            if config.model_type in NOT_READ:
+                name, key = NOT_READ[config.model_type]
+                file = Path(self.folder) / self.gguf["gguf_file"]
+                setattr(config, name, int(_gguf_value(file, key)))
         return config
 
     def _read(self, loader: Callable[[], Any], what: str, **options: Any) -> Any:
@@ -193,6 +203,5 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _gguf_context(file: Path) -> int:
-    reader = need("gguf").GGUFReader(str(file))
-    return int(reader.fields["gpt2.context_length"].contents())
+def _gguf_value(file: Path, key: str) -> Any:
+    return need("gguf").GGUFReader(str(file)).fields[key].contents()

@@ -86,7 +86,7 @@ class Hf(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self.eot = int(state["eot"])
         self.begins_with_eot = bool(state["begins_with_eot"])
-        self._stops = frozenset(state["stops"])
+        self.eos = state["eos"]
         self.pieces = list(_pieces(state["tokenizer"], self._tokenizer, int(state["vocab_size"])))
 
     @classmethod
@@ -96,6 +96,11 @@ class Hf(Tokenizer):
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Hf:
         return cls(state)
+
+    def library_form(self) -> Any:
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(json.dumps(self._state["tokenizer"]))
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, **self._state}
@@ -130,7 +135,6 @@ def read_tokenizer(spec: str, vocab_size: int | None = None) -> Hf:
     eot = begins[0] if begins and marked != plain else theirs.eos_token_id
     if eot is None:
         raise LmplayError(f"{spec}: its tokenizer has no token that begins or ends a text")
-    stops = [] if theirs.eos_token_id is None else [theirs.eos_token_id]
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     if vocab_size is not None and size > vocab_size:
         raise LmplayError(
@@ -142,7 +146,7 @@ def read_tokenizer(spec: str, vocab_size: int | None = None) -> Hf:
             "vocab_size": vocab_size or size,
             "eot": eot,
             "begins_with_eot": marked != plain,
-            "stops": stops,
+            "eos": theirs.eos_token_id,
         }
     )
 
