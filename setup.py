@@ -17,6 +17,7 @@ COMMANDS = {
     "lmp_arena": "arena",
     "lmp_study": "study",
     "lmp_evaluate": "evaluate",
+    "lmp_serve": "serve",
     "lmp_new": "new",
 }
 scripts = [
@@ -32,6 +33,8 @@ EXTRAS = {
     "export": ["transformers", "gguf", "accelerate"],
     # lmp_evaluate.
     "evaluate": ["lm-eval", "transformers"],
+    # lmp_serve.
+    "serve": ["redis", "starlette", "uvicorn"],
     # lmp_trial: shares work between processes and machines.
     "trial": ["optuna"],
     # lmp_plotstats --html and --serve.

@@ -1,4 +1,4 @@
-"""Optional libraries that exports need."""
+"""Optional libraries."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ EXTRA = "pip install 'lmplay[export]'"
 PACKAGES = {"hf": ("transformers",), "gguf": ("transformers", "gguf", "accelerate")}
 
 
-def need(package: str) -> Any:
-    """Return the imported package.
+def need(package: str, extra: str = "export") -> Any:
+    """Return the imported package, which an extra of lmplay's installs.
 
     Raises:
         LmplayError: it is not installed; the message has the command that installs it.
@@ -23,7 +23,7 @@ def need(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as e:
-        raise LmplayError(f"this format needs {package}: {EXTRA}") from e
+        raise LmplayError(f"this needs {package}: pip install 'lmplay[{extra}]'") from e
 
 
 def check_installed(kind: str) -> None:

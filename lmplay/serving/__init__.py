@@ -1,0 +1,1 @@
+"""Serve a model: continuous batching, Redis streams, and OpenAI's completions over HTTP."""
