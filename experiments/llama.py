@@ -40,7 +40,7 @@ class Config:
     max_len: int = 1024
     vocab_size: int = 50257
     dropout: float = 0.0
-    num_kv_heads: int = 0  # heads of keys and values; 0: num_heads
+    num_kv_heads: int | None = None  # heads of keys and values; None: num_heads
     head_dim: int = 0  # 0: embed_dim / num_heads
     ff_dim: int = 0  # 0: 8/3 embed_dim, rounded up to a multiple of 32
     norm_eps: float = 1e-5

@@ -1,10 +1,11 @@
 """Texts of different lengths that are decoded in one forward pass.
 
 The cache of :mod:`lmplay.ops.kv_cache` has one length for all of its texts, and experiments compute
-positions from it. Here each text has a length of its own. `torch.vmap` runs the model as if there
-were one text, whose length is a tensor, so experiments need not know. Two calls need help, because
-their result would depend on the length as a number: `torch.arange` for the new position, and
-attention, which must not see the empty part of the cache.
+positions from it. Here each text has a length of its own. Experiments need not know: the cache's
+length is a tensor, and while the model runs, three calls are answered differently. `torch.arange`
+from that tensor gives the position of each text (B, 1). Its `unsqueeze(1)`, with
+which experiments compute rotations for all heads, gives (B, 1, 1, 1). And attention does not see
+the empty part of the cache.
 """
 
 from __future__ import annotations
@@ -33,31 +34,34 @@ class Rows(Protocol):
 
 
 class _RowCache:
-    """What a model sees as its cache: one text, of a length that is a tensor."""
+    """What a model sees as its cache: B texts, whose lengths are a tensor. One token is read."""
 
-    def __init__(self, keys: Tensor, values: Tensor, length: Tensor):
-        self.keys = keys  # (L, 1, H, W, h)
+    def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor, room: int):
+        self.keys = keys  # (L, B, H, W, h)
         self.values = values
-        self.length = length  # ()
-        self.seen = torch.arange(keys.shape[3], device=keys.device) <= length
-        self.is_new = torch.arange(keys.shape[3], device=keys.device) == length
-        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+        self.lengths = lengths  # (B)
+        self.length = torch.tensor(room - 1)  # only _PerRow knows what to make of it
+        self.room = room
+        self.rows = torch.arange(len(lengths), device=lengths.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.new[layer] = (k, v)
-        here = self.is_new.view(1, 1, -1, 1)
-        return torch.where(here, k, self.keys[layer]), torch.where(here, v, self.values[layer])
+        """Write k and v (B, H, 1, h) behind each text; return all (B, H, room, h)."""
+        for cache, new in ((self.keys[layer], k), (self.values[layer], v)):
+            cache[self.rows, :, self.lengths] = new.squeeze(2)
+        return self.keys[layer][:, :, : self.room], self.values[layer][:, :, : self.room]
 
     def advance(self, t: int) -> None:
         pass  # the owner counts
 
 
-class _OneRow(TorchFunctionMode):
-    """Gives `torch.arange` and attention what they need for a length that is a tensor."""
+class _PerRow(TorchFunctionMode):
+    """Answers the calls that depend on a cache's length."""
 
-    def __init__(self, seen: Tensor):
+    def __init__(self, lengths: Tensor, room: int):
         super().__init__()
-        self.seen = seen  # (W): the filled positions, the new one included
+        self.positions = lengths.unsqueeze(1)  # (B, 1)
+        at = torch.arange(room, device=lengths.device)
+        self.seen = (at <= self.positions).view(-1, 1, 1, room)  # the new position included
 
     def __torch_function__(
         self,
@@ -68,15 +72,13 @@ class _OneRow(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.arange and args and isinstance(args[0], Tensor):
-            return args[0].reshape(1)  # one token is read, so this is all of the range
+            return self.positions
+        if func is Tensor.unsqueeze and args[0] is self.positions and args[1:] == (1,):
+            return self.positions.view(-1, 1, 1, 1)
         if func is F.scaled_dot_product_attention:
-            q, k, v, *mask = args
-            if mask or kwargs.keys() - {"scale"}:
+            if len(args) > 3 or kwargs.get("attn_mask") is not None:
                 raise TypeError("its attention has a mask of its own")
-            # The fused operator would be called once for each text.
-            scale = kwargs.get("scale") or q.shape[-1] ** -0.5
-            scores = (q @ k.mT * scale).masked_fill(~self.seen, float("-inf"))
-            return scores.softmax(-1) @ v
+            kwargs["attn_mask"] = self.seen
         return func(*args, **kwargs)
 
 
@@ -87,22 +89,12 @@ class BatchedRows:
         self.runner = runner
         self.model = model
         self.window = window
-        cache = runner.new_cache(model, 1, window)
+        cache = runner.new_cache(model, slots, window)
         if not isinstance(cache, KVCache):
             raise TypeError("this model has a cache of its own")
-        shape = (slots, *cache.keys.shape)  # (S, L, 1, H, W, h)
-        self.keys = cache.keys.new_zeros(shape)
-        self.values = cache.values.new_zeros(shape)
+        self.keys = cache.keys.zero_()  # (L, S, H, W, h)
+        self.values = cache.values.zero_()
         self.lengths = torch.zeros(slots, dtype=torch.long, device=cache.keys.device)
-        self._decode = torch.vmap(self._one, in_dims=(0, 0, 0, 0), randomness="error")
-
-    def _one(self, ids: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Any:
-        cache: Any = _RowCache(keys, values, length)
-        with _OneRow(cache.seen):
-            logits, _ = self.runner.logits(self.model, ids.view(1, 1), cache)
-        # A layer that keeps nothing in the cache writes what is there already.
-        new = [cache.new.get(i, (keys[i][:, :, :1], values[i][:, :, :1])) for i in range(len(keys))]
-        return logits[0], torch.stack([k for k, _ in new]), torch.stack([v for _, v in new])
 
     @torch.no_grad()
     def join(self, slot: int, ids: list[int]) -> Tensor:
@@ -110,25 +102,25 @@ class BatchedRows:
         read = torch.tensor([ids], device=self.lengths.device)
         logits, _ = self.runner.logits(self.model, read, cache)
         filled = len(ids)
-        self.keys[slot, ..., :filled, :] = cache.keys[..., :filled, :]
-        self.values[slot, ..., :filled, :] = cache.values[..., :filled, :]
+        self.keys[:, slot, :, :filled] = cache.keys[:, 0, :, :filled]
+        self.values[:, slot, :, :filled] = cache.values[:, 0, :, :filled]
         self.lengths[slot] = filled
         return logits[0]
 
     @torch.no_grad()
     def step(self, tokens: dict[int, int]) -> dict[int, Tensor]:
+        # All slots up to the last one are computed, because choosing some would copy the cache.
+        # What is computed for an empty one is not used, and what it writes is overwritten.
+        count = max(tokens) + 1
+        ids = torch.tensor([[tokens.get(slot, 0)] for slot in range(count)])
         slots = torch.tensor(list(tokens), device=self.lengths.device)
-        ids = torch.tensor(list(tokens.values()), device=self.lengths.device)
-        lengths = self.lengths[slots]
-        room = int(lengths.max()) + 1  # the rest of the window is empty in all of these texts
-        logits, keys, values = self._decode(
-            ids, self.keys[slots, ..., :room, :], self.values[slots, ..., :room, :], lengths
-        )
-        # Indices apart from each other put their dimension first: (S, L, 1, H, h).
-        self.keys[slots, :, :, :, lengths] = keys.squeeze(-2)
-        self.values[slots, :, :, :, lengths] = values.squeeze(-2)
+        room = int(self.lengths[slots].max()) + 1
+        lengths = self.lengths[:count].clamp(max=room - 1)
+        cache: Any = _RowCache(self.keys[:, :count], self.values[:, :count], lengths, room)
+        with _PerRow(lengths, room):
+            logits, _ = self.runner.logits(self.model, ids.to(lengths.device), cache)
         self.lengths[slots] += 1
-        return dict(zip(tokens, logits, strict=True))
+        return {slot: logits[slot] for slot in tokens}
 
 
 class SingleRows:
