@@ -43,14 +43,14 @@ class Config:
     num_kv_heads: int | None = None  # heads of keys and values; None: num_heads
     head_dim: int = 0  # 0: embed_dim / num_heads
     ff_dim: int = 0  # 0: 8/3 embed_dim, rounded up to a multiple of 32
-    norm_eps: float = 1e-5
-    rotary_base: float = 10000.0
+    norm_eps: float = 1e-5  # of every RMSNorm
+    rotary_base: float = 10000.0  # the longest wavelength is 2 pi of it
     # Llama 3.1: factor, low and high frequency factors, length in training; (): none
     rotary_scaling: tuple[float, ...] = ()
     sliding_window: int = 0  # positions that a position sees, its own included; 0: all
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tied: bool = False
+    qkv_bias: bool = False  # of queries, keys and values
+    qk_norm: bool = False  # RMSNorm of queries and keys, for each head
+    tied: bool = False  # the head is the embedding
 
     def __post_init__(self) -> None:
         if self.num_heads % self.kv_heads:
