@@ -28,6 +28,7 @@ from .data.sources import sources
 from .data.tokenizers import TiktokenTokenizer, TokenizerSchema, tokenizers
 from .discover import RECIPE_PARTS
 from .errors import LmplayError, did_you_mean
+from .pretrained.library import is_pretrained
 from .schema import Strict
 from .shipped import shipped
 from .training.optimizer_specs import Optimizer, OptimizerSpec, optimizers
@@ -207,8 +208,10 @@ class Plan(Strict):
         content["tokenizer"] = self.tokenizer.identity()
         if content["model"]["init"] is None:  # as in plans of before there was the key
             del content["model"]["init"]
-        if content["initial_model"] is None:
+        if self.initial_model is None:
             del content["initial_model"]
+        else:  # wherever it is; a run's identity has the fingerprint of its weights
+            content["initial_model"] = Path(self.initial_model).name
         if content["validation"]["solved"] is None:
             del content["validation"]["solved"]
         for stage in content["steps"]:
@@ -262,6 +265,11 @@ class Plan(Strict):
             stage.model_copy(update=share) for stage, share in zip(self.steps, shares, strict=True)
         ]
         return self.model_copy(update={"steps": changed})
+
+    def starting_from(self, model: str) -> Plan:
+        """Return the plan whose runs start from a pretrained model, with its tokenizer."""
+        tokenizer = tokenizers()["hf"].Schema.model_validate({"kind": "hf", "path": model})
+        return self.model_copy(update={"initial_model": model, "tokenizer": tokenizer})
 
     def for_precision(self, device: str, precision: str) -> Plan:
         """Return the plan with the budgets that a machine has: `fp32_tokens` become `tokens` where
@@ -333,9 +341,13 @@ def load_plan(path: Path) -> Plan:
     plan = parse_plan(raw, str(path))
     located = {name: source.relative_to(path.parent) for name, source in plan.datasets.items()}
     tokenizer = plan.tokenizer.relative_to(path.parent)
-    start = plan.initial_model and located_model(plan.initial_model, path.parent)
-    parts = {"datasets": located, "tokenizer": tokenizer, "initial_model": start}
-    return plan.model_copy(update=parts)
+    plan = plan.model_copy(update={"datasets": located, "tokenizer": tokenizer})
+    if plan.initial_model is None:
+        return plan
+    model = located_model(plan.initial_model, path.parent)
+    if is_pretrained(model):
+        return plan.starting_from(model)
+    return plan.model_copy(update={"initial_model": model})
 
 
 def located_model(model: str, folder: Path) -> str:

@@ -56,7 +56,7 @@ def train(
     from .training.progress import Reporter
     from .training.run import RunOptions, make_job, prepare_run
 
-    if "out" in options:
+    if options.get("out") is not None:
         options["out"] = Path(options["out"])
     job = make_job(
         exp or default_baseline(),
@@ -160,7 +160,7 @@ def load(
     from dataclasses import replace
 
     from .devices import pick_device
-    from .pretrained.tokenizer import is_pretrained
+    from .pretrained.library import is_pretrained
     from .training.restore import locate, restore
 
     chosen = pick_device(device)
@@ -201,7 +201,7 @@ def stream(
     steps = decode(
         restored.runner,
         restored.model,
-        [tokenizer.eot] * tokenizer.begins_with_eot + tokenizer.encode(prompt),
+        tokenizer.encode_prompt(prompt),
         max_len,
         restored.runner.window(),
         restored.config.vocab_size,

@@ -105,17 +105,17 @@ def test_a_batched_step_is_that_of_single_texts() -> None:
 
 def test_a_stop_text_ends_an_answer_and_is_not_part_of_it() -> None:
     model = loaded("modern")
-    whole = alone(model, Request("the", 30))
-    for stop in (whole[7:9], whole[20], "never there"):
+    full = alone(model, Request("the", 30))
+    for stop in (full[7:9], full[20], "never there"):
         engine = Engine(model, slots=2)
         answer = engine.add(Request("the", 30, stop=(stop,)))
         pieces = [answer.piece]
         while engine.active:
             pieces += [a.piece for a in engine.step()]
             engine.release()
-        assert answer.text == whole.split(stop)[0]
+        assert answer.text == full.split(stop)[0]
         assert "".join(pieces) == answer.text
-        assert answer.reason == ("stop" if stop in whole else "length")
+        assert answer.reason == ("stop" if stop in full else "length")
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,6 @@ class Tokenizer:
         pieces: the bytes of each token, in the order of the ids.
         eot: id of the end-of-text token.
         begins_with_eot: whether a text alone begins with it, as a pretrained model expects.
-        bos: id in front of a text that is scored alone, if that is another than eot; else None.
-        eos: id that ends a text, if that is another than eot; else None.
     """
 
     Schema: ClassVar[type[TokenizerSchema]]
@@ -82,13 +80,21 @@ class Tokenizer:
     pieces: list[bytes]
     eot: int
     begins_with_eot: bool = False
-    bos: int | None = None
-    eos: int | None = None
+
+    @property
+    def bos(self) -> int:
+        """Id in front of a text that is scored alone."""
+        return self.eot
+
+    @property
+    def eos(self) -> int:
+        """Id that ends a text."""
+        return self.eot
 
     @property
     def stops(self) -> frozenset[int]:
         """Ids that end a generated text."""
-        return frozenset({self.eot} if self.eos is None else {self.eot, self.eos})
+        return frozenset({self.eot, self.eos})
 
     def library_form(self) -> Any | None:
         """Return the same tokenizer of the tokenizers library, for exports, if there is one."""
@@ -128,6 +134,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return [int(i) for i in self.encode_batch([text])[0]]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text's beginning, at least one."""
+        ids = [self.eot] * self.begins_with_eot + self.encode(text)
+        return ids or [self.eot]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.pieces[i] for i in ids)

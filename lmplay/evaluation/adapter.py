@@ -62,8 +62,7 @@ class Model(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What a text is scored behind if nothing is before it."""
-        bos = self.loaded.tokenizer.bos
-        return self.eot_token_id if bos is None else bos
+        return self.loaded.tokenizer.bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -73,8 +72,9 @@ class Model(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         tokenizer = self.loaded.tokenizer
-        begins = tokenizer.begins_with_eot and add_special_tokens is not False
-        return [tokenizer.eot] * begins + tokenizer.encode(string)
+        if add_special_tokens is False:
+            return tokenizer.encode(string)
+        return tokenizer.encode_prompt(string)
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[Request], **kwargs: Any) -> list[Score]:

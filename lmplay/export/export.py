@@ -15,13 +15,13 @@ from ..data.packing import Arrays
 from ..devices import pick_device
 from ..errors import LmplayError, first_line
 from ..files import atomic_folder, atomic_write
+from ..optional import check_installed
 from ..training import checkpoint
 from ..training.progress import Reporter
 from ..training.restore import Restored
 from ..training.run_folder import RunFolder
 from .gguf import write_gguf
 from .hf import form_of, read_hf, write_hf
-from .needs import check_installed
 from .verification import (
     EvalResult,
     check_equal,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..api import HfForm
 from ..data.tokenizers import Bytes, Chars, Tiktoken, Tokenizer
 from ..errors import LmplayError
-from .needs import need
+from ..optional import need
 from .tokenizer import EOT, backend
 
 OUTSIDE = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}

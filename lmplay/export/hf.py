@@ -15,9 +15,9 @@ from ..api import HfForm, ModelRunner
 from ..data.tokenizers import Tokenizer
 from ..discover import Experiment, find_baseline, load
 from ..errors import LmplayError
+from ..optional import need, quiet
 from ..training.checkpoint import model_tensors
 from .gpt2 import HEAD_BIAS, without_head_bias
-from .needs import need, quiet
 from .tokenizer import fast_tokenizer
 
 Logits = Callable[[Tensor], Tensor]  # ids (B, T) -> logits (B, T, V)
@@ -78,7 +78,7 @@ def write_hf(folder: Path, form: HfForm, tokenizer: Tokenizer, max_len: int) -> 
         LmplayError: the library's model has other parameters than the form.
     """
     transformers = need("transformers")
-    eos = tokenizer.eot if tokenizer.eos is None else tokenizer.eos
+    eos = tokenizer.eos
     tokens = {"bos_token_id": tokenizer.eot, "eos_token_id": eos, "pad_token_id": eos}
     config = transformers.AutoConfig.for_model(form.model_type, **form.config, **tokens)
     with torch.device("meta"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.tokenizers import Bpe, Bytes, Chars, Tiktoken, Tokenizer, byte_alphabet
 from ..errors import LmplayError
-from .needs import need
+from ..optional import need
 
 EOT = "<|endoftext|>"
 
@@ -22,14 +22,14 @@ def fast_tokenizer(tokenizer: Tokenizer, max_len: int) -> Any:
     """
     transformers = need("transformers")
     made = backend(tokenizer)
-    eos = tokenizer.eot if tokenizer.eos is None else tokenizer.eos
+    eos = made.id_to_token(tokenizer.eos)
     # The end-of-text token cannot be written in a text of ours, so it is cut like any other text
     # there, too.
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=made,
         bos_token=made.id_to_token(tokenizer.eot),
-        eos_token=made.id_to_token(eos),
-        pad_token=made.id_to_token(eos),
+        eos_token=eos,
+        pad_token=eos,
         model_max_length=max_len,
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,15 @@ from torch import Tensor
 
 from ..api import HfForm, ModelRunner, OwnForm
 from ..discover import Experiment, find, find_baseline, list_sources, load
-from ..errors import LmplayError, first_line
-from ..export.needs import need, quiet
+from ..errors import LmplayError
 from ..model import build_model
+from ..optional import need
 from ..training.restore import LoadedModel
 from ..training.warm_start import InitialWeights
-from .tokenizer import Hf, HfTokenizer, location, read_tokenizer
+from .library import location, read, read_config
+from .tokenizer import read_tokenizer
 
 DEFAULT_LENGTH = 1024  # of a model that can read longer texts, where no plan says
-NOT_READ = {  # by transformers, of a GGUF file: an attribute of the config, and its key
-    "gpt2": ("n_positions", "gpt2.context_length"),
-    "qwen3": ("head_dim", "qwen3.attention.key_length"),
-}
 
 
 class Pretrained:
@@ -38,48 +34,8 @@ class Pretrained:
 
     def __init__(self, spec: str):
         self.spec = spec
-        self.transformers = need("transformers")
-        self.folder, self.gguf = location(spec)
-        self.config = self._config()
+        self.config = read_config(spec)
         self.model_type: str = self.config.model_type
-        self._tokenizer: Hf | None = None
-
-    @property
-    def schema(self) -> HfTokenizer:
-        """Its tokenizer, as a plan names one."""
-        return HfTokenizer(path=self.spec, vocab_size=self.config.vocab_size)
-
-    @property
-    def tokenizer(self) -> Hf:
-        if self._tokenizer is None:
-            self._tokenizer = read_tokenizer(self.spec, self.config.vocab_size)
-        return self._tokenizer
-
-    def _config(self) -> Any:
-        config = self._read(lambda: self.transformers.AutoConfig.from_pretrained, "its config")
-        if self.gguf:
-            for key, value in config.to_dict().items():
-                if isinstance(value, float):  # GGUF has float32: 1e-5 is 9.999999747378752e-06
-                    setattr(config, key, float(f"{value:.7g}"))
-            if config.model_type in NOT_READ:
-                name, key = NOT_READ[config.model_type]
-                file = Path(self.folder) / self.gguf["gguf_file"]
-                setattr(config, name, int(_gguf_value(file, key)))
-        return config
-
-    def _read(self, loader: Callable[[], Any], what: str, **options: Any) -> Any:
-        """Call one of transformers' from_pretrained.
-
-        Raises:
-            LmplayError: it fails, for whatever reason.
-        """
-        try:
-            with quiet(self.transformers):
-                return loader()(self.folder, **self.gguf, **options)
-        except Exception as e:  # transformers and the hub raise types of their own
-            raise LmplayError(
-                f"{self.spec}: transformers cannot read {what}: {first_line(e)}"
-            ) from e
 
     def max_len(self, wanted: int | None) -> int:
         """Return the length of its texts: what a plan wants, or what it was trained for."""
@@ -93,7 +49,7 @@ class Pretrained:
             LmplayError: neither the experiment nor its baseline can hold this model.
         """
         with torch.device("meta"):
-            model = self.transformers.AutoModelForCausalLM.from_config(self.config)
+            model = need("transformers").AutoModelForCausalLM.from_config(self.config)
         return self._own(experiment, max_len, model.state_dict()).config
 
     def weights(self, experiment: Experiment, max_len: int) -> InitialWeights:
@@ -103,9 +59,10 @@ class Pretrained:
             LmplayError: a file is missing or damaged, is a pickle, or lacks a tensor.
         """
         self._check_files()
-        model, info = self._read(
-            lambda: self.transformers.AutoModelForCausalLM.from_pretrained,
+        model, info = read(
+            self.spec,
             "its weights",
+            need("transformers").AutoModelForCausalLM.from_pretrained,
             config=self.config,
             dtype=torch.float32,
             use_safetensors=True,
@@ -119,8 +76,9 @@ class Pretrained:
         return InitialWeights(name, self.spec, own.tensors, _digest(tensors), tuple(own.unused))
 
     def _check_files(self) -> None:
-        folder = Path(self.folder)
-        if self.gguf or not folder.is_dir() or any(folder.glob("*.safetensors")):
+        name, gguf = location(self.spec)
+        folder = Path(name)
+        if gguf or not folder.is_dir() or any(folder.glob("*.safetensors")):
             return
         pickles = [path for end in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{end}")]
         if pickles:
@@ -192,7 +150,7 @@ def load_pretrained(spec: str) -> LoadedModel:
     weights = source.weights(experiment, max_len)
     weights.check_complete(model)
     weights.copy_to(model)
-    return LoadedModel(spec, experiment, config, runner, model, source.tokenizer, folded=False)
+    return LoadedModel(spec, experiment, config, runner, model, read_tokenizer(spec), folded=False)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -201,7 +159,3 @@ def _digest(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _gguf_value(file: Path, key: str) -> Any:
-    return need("gguf").GGUFReader(str(file)).fields[key].contents()

@@ -12,36 +12,11 @@ import numpy as np
 from pydantic import Field
 
 from ..data.tokenizers import Tokenizer, TokenizerSchema, byte_alphabet
-from ..errors import LmplayError, first_line
-from ..export.needs import need, quiet
+from ..errors import LmplayError
+from ..optional import need
+from .library import read, read_config
 
-PREFIXES = ("hf:", "gguf:")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
-
-
-def is_pretrained(model: object) -> bool:
-    """Return whether a name is that of a pretrained model, and not of a run."""
-    return isinstance(model, str) and model.startswith(PREFIXES)
-
-
-def location(spec: str) -> tuple[str, dict[str, str]]:
-    """Return what transformers' from_pretrained takes: a folder or a name, and gguf_file.
-
-    Raises:
-        LmplayError: the file or the folder does not exist.
-    """
-    kind, _, name = spec.partition(":")
-    path = Path(name).expanduser()
-    if kind == "gguf":
-        if not path.is_file():
-            raise LmplayError(f"{spec}: there is no such file")
-        return str(path.parent), {"gguf_file": path.name}
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if path.is_dir():
-        return str(path), {}
-    if looks_local or not name:
-        raise LmplayError(f"{spec}: there is no such folder")
-    return name, {}
 
 
 class HfTokenizer(TokenizerSchema):
@@ -51,7 +26,6 @@ class HfTokenizer(TokenizerSchema):
     path: str = Field(
         description="hf:FOLDER (relative to the plan's file), hf:NAME on the hub, or gguf:FILE"
     )
-    vocab_size: int | None = Field(None, gt=0, description="rows of the model's embedding")
 
     def relative_to(self, folder: Path) -> Self:
         kind, _, name = self.path.partition(":")
@@ -86,17 +60,27 @@ class Hf(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self.eot = int(state["eot"])
         self.begins_with_eot = bool(state["begins_with_eot"])
-        self.bos = state["bos"]
-        self.eos = state["eos"]
         self.pieces = list(_pieces(state["tokenizer"], self._tokenizer, int(state["vocab_size"])))
 
     @classmethod
     def from_plan(cls, schema: HfTokenizer) -> Hf:
-        return read_tokenizer(schema.path, schema.vocab_size)
+        return read_tokenizer(schema.path)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Hf:
         return cls(state)
+
+    @property
+    def bos(self) -> int:
+        return self._or_eot("bos")
+
+    @property
+    def eos(self) -> int:
+        return self._or_eot("eos")
+
+    def _or_eot(self, which: str) -> int:
+        found = self._state[which]
+        return self.eot if found is None else int(found)
 
     def library_form(self) -> Any:
         import tokenizers
@@ -111,42 +95,34 @@ class Hf(Tokenizer):
         return [np.array(e.ids, dtype=np.int64) for e in encoded]
 
 
-def read_tokenizer(spec: str, vocab_size: int | None = None) -> Hf:
-    """Return the tokenizer of a pretrained model.
-
-    Args:
-        vocab_size: rows of the model's embedding, often more than there are tokens.
+def read_tokenizer(spec: str) -> Hf:
+    """Return the tokenizer of a pretrained model, with as many ids as its embedding has rows.
 
     Raises:
-        LmplayError: there is none, or its ids cannot be turned into bytes.
+        LmplayError: there is none, it has more tokens than the embedding, or its ids cannot be
+            turned into bytes.
     """
-    transformers = need("transformers")
-    folder, gguf = location(spec)
-    try:
-        with quiet(transformers):
-            theirs = transformers.AutoTokenizer.from_pretrained(folder, **gguf)
-    except Exception as e:  # transformers and the hub raise types of their own
-        raise LmplayError(f"{spec}: transformers cannot read its tokenizer: {first_line(e)}") from e
+    theirs = read(spec, "its tokenizer", need("transformers").AutoTokenizer.from_pretrained)
     if not getattr(theirs, "is_fast", False):
         raise LmplayError(f"{spec}: its tokenizer has no form of the tokenizers library")
     backend = theirs.backend_tokenizer
     plain = theirs("a", add_special_tokens=False)["input_ids"]
-    marked = theirs("a")["input_ids"]
-    begins = marked[: len(marked) - len(plain)] if marked[-len(plain) :] == plain else marked[:1]
-    eot = begins[0] if begins and marked != plain else theirs.eos_token_id
+    begins = theirs("a")["input_ids"][:1] != plain[:1]
+    eot = theirs("a")["input_ids"][0] if begins else theirs.eos_token_id
     if eot is None:
         raise LmplayError(f"{spec}: its tokenizer has no token that begins or ends a text")
+    rows = int(read_config(spec).vocab_size)
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-    if vocab_size is not None and size > vocab_size:
+    if size > rows:
         raise LmplayError(
-            f"{spec}: its tokenizer has {size} tokens, more than its embedding ({vocab_size})"
+            f"{spec}: its tokenizer has {size} tokens, more than its embedding ({rows})"
         )
     return Hf(
         {
             "tokenizer": json.loads(backend.to_str()),
-            "vocab_size": vocab_size or size,
+            "vocab_size": rows,
             "eot": eot,
-            "begins_with_eot": marked != plain,
+            "begins_with_eot": begins,
             "bos": theirs.bos_token_id,
             "eos": theirs.eos_token_id,
         }

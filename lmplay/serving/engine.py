@@ -154,13 +154,12 @@ class Engine:
         Raises:
             LmplayError: the prompt is too long.
         """
-        tokenizer = self.loaded.tokenizer
-        ids = [tokenizer.eot] * tokenizer.begins_with_eot + tokenizer.encode(request.prompt)
+        ids = self.loaded.tokenizer.encode_prompt(request.prompt)
         if len(ids) > self.max_prompt:
             raise LmplayError(
                 f"prompt: it has {len(ids)} tokens, and {self.max_prompt} are the limit"
             )
-        return ids or [tokenizer.eot]
+        return ids
 
     def add(self, request: Request) -> Answer:
         """Begin to answer a request. There must be a free slot.
@@ -244,12 +243,12 @@ class Engine:
         if not answer.reason and answer.tokens >= request.max_tokens:
             self._end(answer, "length")
 
-    def _extend(self, answer: Answer, text: str) -> None:
+    def _extend(self, answer: Answer, piece: str) -> None:
         """Add text, as far as it cannot be the beginning of a stop text."""
-        whole = answer.held + text
+        text = answer.held + piece
         for stop in answer.request.stop:
-            if stop in whole:
-                answer.piece = whole[: whole.index(stop)]
+            if stop in text:
+                answer.piece = text[: text.index(stop)]
                 answer.text += answer.piece
                 answer.held = ""
                 answer.reason = "stop"
@@ -259,12 +258,12 @@ class Engine:
                 n
                 for stop in answer.request.stop
                 for n in range(len(stop))
-                if whole.endswith(stop[:n])
+                if text.endswith(stop[:n])
             ),
             default=0,
         )
-        answer.piece = whole[: len(whole) - keep]
-        answer.held = whole[len(whole) - keep :]
+        answer.piece = text[: len(text) - keep]
+        answer.held = text[len(text) - keep :]
         answer.text += answer.piece
 
     def _end(self, answer: Answer, reason: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import LmplayError, first_line
-from ..export.needs import need
+from ..optional import need
 from .engine import Answer, Engine, Request
 
 GROUP = "workers"

@@ -28,8 +28,8 @@ from ..errors import LmplayError, first_line
 from ..files import write_text
 from ..model import autocast, to_batch
 from ..plan import ModelSizes, Plan, find_plan, load_plan
+from ..pretrained.library import is_pretrained
 from ..pretrained.source import Pretrained
-from ..pretrained.tokenizer import is_pretrained
 from ..threads import Share
 from . import loggers, warm_start
 from .extend import Extended, find_shorter
@@ -90,7 +90,6 @@ class Job:
     reporter: Reporter
     options: RunOptions = field(default_factory=RunOptions)
     base_plan: Plan | None = None  # without those settings; None: the same
-    pretrained: Pretrained | None = None  # whose sizes the model has
 
     def with_arm(self, experiment: Experiment, overrides: Mapping[str, str]) -> Job:
         """Return the job of another arm in the same arena.
@@ -104,6 +103,16 @@ class Job:
         return replace(
             self, experiment=experiment, overrides=dict(overrides), plan=plan, base_plan=base
         )
+
+    @property
+    def initial_model(self) -> Path | str | None:
+        """The run or the pretrained model that the run starts from."""
+        return self.options.initial_model or self.plan.initial_model
+
+    def pretrained(self) -> Pretrained | None:
+        """Return the pretrained model whose sizes the model has."""
+        model = self.initial_model
+        return Pretrained(str(model)) if is_pretrained(model) else None
 
     @property
     def seed(self) -> int:
@@ -134,12 +143,8 @@ def make_job(
         reporter.note(f"training plan: {name} (--training-plan list shows the others)")
     path = find_plan(name)
     plan = load_plan(path).with_budget(options.tokens, options.steps, options.minutes)
-    if options.initial_model is None and plan.initial_model is not None:
-        options = replace(options, initial_model=plan.initial_model)
-    pretrained = None
     if is_pretrained(options.initial_model):
-        pretrained = Pretrained(str(options.initial_model))
-        plan = plan.model_copy(update={"tokenizer": pretrained.schema})
+        plan = plan.starting_from(str(options.initial_model))
     wanted = plan
     plan = plan.for_precision(torch_device.type, precision.name)
     for before, after in zip(wanted.steps, plan.steps, strict=True):
@@ -157,8 +162,6 @@ def make_job(
         precision,
         reporter,
         options,
-        None,
-        pretrained,
     )
     return job.with_arm(experiment, overrides)
 
@@ -166,9 +169,9 @@ def make_job(
 def sized_config(job: Job, vocab: int) -> Any:
     """Return the experiment's Config at the plan's sizes."""
     sizes = {**job.plan.sizes(), "vocab_size": vocab}
-    if job.pretrained is not None:
-        max_len = job.pretrained.max_len(job.plan.model.max_len)
-        theirs = job.pretrained.fields(job.experiment, max_len)
+    if (pretrained := job.pretrained()) is not None:
+        max_len = pretrained.max_len(job.plan.model.max_len)
+        theirs = pretrained.fields(job.experiment, max_len)
         sizes |= theirs
     config, unused = job.experiment.config(sizes, job.overrides)
     try:  # sizes from --set have the plan's limits
@@ -355,7 +358,7 @@ class PreparedRun:
             return None
         if not (options.tokens or options.steps or options.minutes):
             raise LmplayError("--extend needs the larger budget: --tokens, --steps or --minutes")
-        if options.initial_model is not None:
+        if self.job.initial_model is not None:
             raise LmplayError("--extend and --initial-model do not go together")
         known = {} if options.fresh else recorded(self.folder)
         if known and any(self.folder.checkpoints.glob("[0-9]*")):
@@ -371,20 +374,20 @@ class PreparedRun:
         The run that they are from may have trained on since this run began.
         """
         options = self.job.options
-        if options.initial_model is None:
+        model = self.job.initial_model
+        if model is None:
             return None
         known = {} if options.fresh else recorded(self.folder)
-        same = known.get("initial_model") == initial_record(options.initial_model)
+        same = known.get("initial_model") == initial_record(model)
         if same and any(self.folder.checkpoints.glob("[0-9]*")):
             self.identity["initial"] = known["identity"]["initial"]
             return None
         note = self.job.reporter.note
-        if self.job.pretrained is not None:
-            note(f"loading {self.job.pretrained.spec} ...")
-            weights = self.job.pretrained.weights(self.job.experiment, self.config.max_len)
+        if (pretrained := self.job.pretrained()) is not None:
+            note(f"loading {pretrained.spec} ...")
+            weights = pretrained.weights(self.job.experiment, self.config.max_len)
         else:
-            path = Path(options.initial_model)
-            run, found = locate(path, options.out, note, "--initial-model")
+            run, found = locate(Path(model), options.out, note, "--initial-model")
             source = restore(run, found, options.trust)
             warm_start.check_tokenizer(source, self.prepared.tokenizer.fingerprint)
             weights = warm_start.InitialWeights.of(source)
@@ -565,8 +568,8 @@ class PreparedRun:
         }
         if self.match is not None:
             content["match"] = asdict(self.match)
-        if self.initial is not None and job.options.initial_model is not None:
-            content["initial_model"] = initial_record(job.options.initial_model)
+        if self.initial is not None and job.initial_model is not None:
+            content["initial_model"] = initial_record(job.initial_model)
         label = self._label()
         if label != job.experiment.variant:
             content["label"] = label
@@ -580,7 +583,7 @@ class PreparedRun:
             label += f", {self.match.what} of {self.match.to}"
         if options.extend:
             label += ", extended"
-        if self.initial is not None:
+        if self.initial is not None and options.initial_model is not None:
             label += f", from {self.initial.name}"
         if options.freeze:
             label += f", without {' '.join(options.freeze)}"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import LmplayError
+from .errors import LmplayError
 
 EXTRA = "pip install 'lmplay[export]'"
 PACKAGES = {"hf": ("transformers",), "gguf": ("transformers", "gguf", "accelerate")}
