@@ -103,9 +103,8 @@ def command(args: argparse.Namespace) -> int:
 
                 with reporter:
                     found = work.evaluate(
-                        loaded, name, task, manager, args.limit, args.batch_size, progress
+                        loaded, name, task, manager, args.limit, args.batch_size, progress, key
                     )
-                found = work.with_key(found, key)
                 work.write_result(path, found)
             results[name].append(found)
     for name, rows in results.items():

@@ -64,10 +64,6 @@ class Model(TemplateLM):
         """What a text is scored behind if nothing is before it."""
         return self.loaded.tokenizer.bos
 
-    @property
-    def tokenizer_name(self) -> str:
-        return self.loaded.tokenizer.fingerprint
-
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,12 @@ def evaluate(
     limit: int | None,
     batch_size: int,
     progress: Callable[[int, int], None],
+    key: str = "",
 ) -> TaskResult:
     """Evaluate a model on one task.
+
+    Args:
+        key: of :func:`key_of`, under which the result is kept.
 
     Raises:
         LmplayError: the task's data cannot be loaded.
@@ -158,7 +162,7 @@ def evaluate(
     if items.get(BITS) and BITS not in metrics:
         bits = np.array(items[BITS])
         metrics[BITS] = (float(bits.mean()), float(bits.std(ddof=1) / math.sqrt(len(bits))))
-    return TaskResult(loaded.name, name, "", metrics, items)
+    return TaskResult(loaded.name, name, key, metrics, items)
 
 
 def per_item(samples: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -268,10 +272,6 @@ def read_result(path: Path, key: str) -> TaskResult | None:
         return TaskResult(content["model"], content["task"], key, metrics, content["items"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def with_key(result: TaskResult, key: str) -> TaskResult:
-    return replace(result, key=key)
 
 
 def write_result(path: Path, result: TaskResult) -> None:

@@ -24,8 +24,16 @@ from ..errors import LmplayError
 from .engine import Answer, Engine, Request
 
 IGNORED = ("model", "user")  # a server has one model
-OF_ONE = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": None}
-OTHERS = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": None}
+ONLY: dict[str, Any] = {  # fields of OpenAI's with the one value that is supported
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "logprobs": None,
+    "suffix": None,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": None,
+}
 
 
 @dataclass(eq=False)
@@ -106,7 +114,7 @@ def parse(body: dict[str, Any]) -> list[Request]:
         LmplayError: a field is unknown, or asks for what this server does not do.
     """
     given = {k: v for k, v in body.items() if k not in (*IGNORED, "stream", "stream_options")}
-    for name, only in (OF_ONE | OTHERS).items():
+    for name, only in ONLY.items():
         if given.pop(name, only) not in (only, None):
             raise LmplayError(f"{name}: only {json.dumps(only)} is supported")
     given.setdefault("temperature", 1.0)  # as OpenAI's
