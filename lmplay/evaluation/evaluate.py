@@ -152,8 +152,8 @@ def evaluate(
         raise LmplayError(f"{name}: it cannot be evaluated: {first_line(e)}") from e
     ((own, values),) = found["results"].items()
     metrics = {}
-    for key, value in values.items():
-        metric, _, filtered = key.partition(",")
+    for column, value in values.items():
+        metric, _, filtered = column.partition(",")
         if isinstance(value, int | float) and filtered and not metric.endswith("_stderr"):
             error = values.get(f"{metric}_stderr,{filtered}")
             label = metric if filtered == "none" else f"{metric} ({filtered})"
