@@ -82,6 +82,8 @@ class Config:
             raise ValueError("shared=true needs two memories to share the bank")
         if self.shadow and self.place != "ff":  # CHANGED
             raise ValueError("shadow=true goes with place=ff")
+        if self.place == "ff" and not self.mem_ff and self.gelu != "none":  # CHANGED
+            raise ValueError("gelu does nothing without a feed-forward")
 
 
 class Linear(nn.Linear):
