@@ -30,6 +30,11 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 LONG = ("test_commands_run_as_printed_in_their_order", "test_killed_at_random_moments")
 
 
+def pytest_configure() -> None:
+    """No test uses a network. The libraries read this when tests import them."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first: with several workers, one of them would otherwise end alone with it."""
     items.sort(key=lambda item: not item.name.startswith(LONG))
@@ -37,11 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Prepared tokens go to a folder of this session, not to the user's; and no test uses a
-    network."""
+    """Prepared tokens go to a folder of this session, not to the user's."""
     os.environ["LMP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
-    os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRACKIO_DIR"] = str(tmp_path_factory.mktemp("trackio"))
     os.environ.pop("LMP_EXPERIMENTS", None)
 
