@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import Command, call_command, edit_record, write_plan
 
-from lmplay import testing
+from lmplay import optional, testing
 from lmplay.data.tokenizers import Bytes, Chars, Tiktoken, train_bpe
 from lmplay.discover import source_digest
 from lmplay.errors import LmplayError
-from lmplay.export import hf, needs, verification
+from lmplay.export import hf, verification
 from lmplay.export.tokenizer import fast_tokenizer
 from lmplay.training import restore
 from lmplay.training.progress import Reporter
@@ -255,7 +255,7 @@ def test_a_missing_library_is_one_line(
         importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else found(name, *a)
     )
     with pytest.raises(LmplayError, match=r"needs gguf: pip install 'lmplay\[export\]'"):
-        needs.check_installed("gguf")
+        optional.check_installed("gguf")
 
 
 def test_other_data_is_told(folder: Path) -> None:
