@@ -123,6 +123,9 @@ def test_commands_run_as_printed_in_their_order(
     (study,) = (lines for lang, lines in fenced((ROOT / "docs/studies.md").read_text()) if lang)
     small = {**json.loads("\n".join(study)), "tokens": 4096, "tries": 3}
     (folder / "my_study.json").write_text(json.dumps(small))
+    sketch = json.loads((folder / "training_plans" / "sketch.json").read_text())
+    sketch["validation"]["tokens"] = 4096
+    (folder / "training_plans" / "sketch.json").write_text(json.dumps(sketch))
     with forked(folder, env) as warm:
         for line in (line for doc in docs for line in commands(doc)):
             # Real runs, shortened to what a test can wait for.

@@ -89,6 +89,7 @@ class TrialState:
         self.design = design
         self.results = results
         self.certificate = certificate or {}
+        self._pairs: dict[str, list[tuple[Result, Result]]] = {}
 
     @cached_property
     def lr_multipliers(self) -> dict[str, float]:
@@ -229,7 +230,9 @@ class TrialState:
 
     def pairs(self, arm: str) -> list[tuple[Result, Result]]:
         """Return (the arm's result, the baseline's) from seed 0 to the first missing pair."""
-        found = []
+        if arm in self._pairs:  # asked for again and again in one look
+            return self._pairs[arm]
+        found = self._pairs[arm] = []
         for seed in range(self.design.max_pairs):
             mine = self.results.get(self.pair_unit(arm, seed).key)
             base = self.results.get(self.pair_unit(self.design.against, seed).key)
