@@ -107,7 +107,16 @@ def test_trains_resumes_and_generates(
     variant: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the middle and resumed, a run is to the bit the one that was not."""
-    plan = write_plan(tmp_path)
+    plan = write_plan(
+        tmp_path,
+        validation={
+            "fraction": 0.1,
+            "tokens": 256,
+            "every_tokens": 2048,  # one before the end, after the stop at step 5
+            "sample_prompt": "the ",
+        },
+        steps=[{"step_name": "words", "datasets": ["words"], "steps": 10}],
+    )
     train = (
         "lmp_trainer",
         "--exp",
