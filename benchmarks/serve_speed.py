@@ -2,7 +2,7 @@
 
     python benchmarks/serve_speed.py [--model RUN|gguf:FILE] [--rounds 3]
 
-Both serve the same requests, with prompts of 4 to 128 tokens, in turns; it prints each round and
+Both serve the same requests, with prompts of 4 to 128 characters, in turns; it prints each round and
 the ratio of the medians. Without --model: a llama with random weights, 26 M parameters.
 """
 
