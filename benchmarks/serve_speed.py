@@ -2,8 +2,8 @@
 
     python benchmarks/serve_speed.py [--model RUN|gguf:FILE] [--rounds 3]
 
-Both serve the same requests, with prompts of 4 to 128 characters, in turns; it prints each round and
-the ratio of the medians. Without --model: a llama with random weights, 26 M parameters.
+Both serve the same requests, with prompts of 4 to 128 characters, in turns; it prints each round
+and the ratio of the medians. Without --model: a llama with random weights, 26 M parameters.
 """
 
 from __future__ import annotations
