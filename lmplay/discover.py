@@ -28,6 +28,7 @@ from .errors import LmplayError, did_you_mean
 from .shipped import shipped
 
 if TYPE_CHECKING:
+    from .adapt import Adaptation
     from .api import ModelRunner
 
 ENTRY_POINTS = "lmplay.experiments"
@@ -73,7 +74,7 @@ def _names(tree: ast.Module) -> dict[str, ast.AST]:
     return found
 
 
-def _missing_import(tree: ast.Module, api_names: set[str]) -> str:
+def _missing_import(tree: ast.Module, api_names: frozenset[str]) -> str:
     """Return why a top-level import of the file cannot work; "" if all can."""
     for node in tree.body:
         if isinstance(node, ast.Import):
@@ -101,17 +102,11 @@ def _exists(module: str) -> bool:
         return False
 
 
-@functools.lru_cache(maxsize=1024)  # more than there are files: a scan of all must find each
-def _parsed(text: str, name: str) -> ast.Module:
-    """Parse a file's text. A command lists the experiments several times."""
-    return ast.parse(text, name)
-
-
-def _api_names() -> set[str]:
+@functools.cache
+def _api_names() -> frozenset[str]:
     api = Path(__file__).parent / "api.py"
-    tree = _parsed(api.read_text(encoding="utf-8"), str(api))
-    exported = ast.literal_eval(_names(tree)["__all__"])
-    return {*exported, *OLD_API_NAMES}
+    exported = ast.literal_eval(_names(ast.parse(api.read_text(encoding="utf-8")))["__all__"])
+    return frozenset({*exported, *OLD_API_NAMES})
 
 
 def _malformed(variants: Any, baseline: Any) -> str:
@@ -128,13 +123,22 @@ def _malformed(variants: Any, baseline: Any) -> str:
     return ""
 
 
-def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> ExperimentFile:
+def read_source(path: Path, origin: str) -> ExperimentFile:
     """Parse the file at `path`. Whatever is wrong inside it becomes `broken`."""
     try:
-        tree = _parsed(path.read_text(encoding="utf-8"), str(path))
+        return _source_of(path.read_text(encoding="utf-8"), path, origin)
+    except (OSError, ValueError) as e:
+        return ExperimentFile(path, origin, broken=str(e) or type(e).__name__)
+
+
+@functools.lru_cache(maxsize=1024)  # more than there are files: a scan of all must find each
+def _source_of(text: str, path: Path, origin: str) -> ExperimentFile:
+    """Parse a file's text. A command lists the experiments several times."""
+    try:
+        tree = ast.parse(text, str(path))
     except SyntaxError as e:
         return ExperimentFile(path, origin, broken=f"line {e.lineno}: {e.msg}")
-    except (OSError, ValueError, RecursionError, MemoryError) as e:  # whatever a text can cause
+    except (ValueError, RecursionError, MemoryError) as e:  # whatever a text can cause
         return ExperimentFile(path, origin, broken=str(e) or type(e).__name__)
     doc = ast.get_docstring(tree) or ""
     names = _names(tree)
@@ -166,7 +170,7 @@ def read_source(path: Path, origin: str, api_names: set[str] | None = None) -> E
     fields = tuple(
         n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
     )
-    broken = _missing_import(tree, _api_names() if api_names is None else api_names)
+    broken = _missing_import(tree, _api_names())
     for variant, settings in variants.items():
         for key in settings:
             part = key.partition(".")[0]
@@ -234,12 +238,11 @@ def search_folders() -> list[tuple[Path, str]]:
 
 def list_sources() -> list[ExperimentFile]:
     """Return every experiment file that can be found, the broken ones too."""
-    api_names = _api_names()
     found = []
     for folder, origin in search_folders():
         files = [p for p in sorted(folder.glob("*.py")) if not p.name.startswith("_")]
         files += sorted(folder.glob("*/__init__.py"))
-        found += [read_source(p, origin, api_names) for p in files]
+        found += [read_source(p, origin) for p in files]
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         origin = f"entry point {entry.name}"
         try:
@@ -252,7 +255,7 @@ def list_sources() -> list[ExperimentFile]:
             )
             continue
         path = Path(spec.origin) if spec and spec.origin else Path(entry.value)
-        found.append(read_source(path, origin, api_names))
+        found.append(read_source(path, origin))
     return found
 
 
@@ -339,6 +342,7 @@ class Experiment:
     source: ExperimentFile
     variant: str
     module: ModuleType
+    adaptation: Adaptation | None = None  # what the plan changes of the model
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -408,7 +412,13 @@ class Experiment:
         return {k: _parse(self.config_type, k, v) for k, v in overrides.items()}
 
     def runner(self, config: Any) -> ModelRunner:
-        return self.module.Runner(config)
+        """Return the runner of the model as the plan adapts it."""
+        runner = self.module.Runner(config)
+        if self.adaptation is None:
+            return runner
+        from .adapt import adapted
+
+        return adapted(runner, self.adaptation)
 
 
 def _parse(config_type: type, key: str, text: str) -> Any:

@@ -21,10 +21,19 @@ from lmplay.training.optimizers import Optimizers
 SOURCES = discover.list_sources()
 VARIANTS = [v for s in SOURCES for v in s.variants]
 IDEAS = [next(iter(s.variants)) for s in SOURCES]
-FOLDABLE = [v for v in VARIANTS if testing.tiny(v).runner.training_only]
+
+
+def variants_of_files_with(word: str) -> list[str]:
+    """Variants of the files that contain a word: to load every file takes seconds."""
+    return [v for s in SOURCES if word in s.path.read_text() for v in s.variants]
+
+
+FOLDABLE = [
+    v for v in variants_of_files_with("training_only") if testing.tiny(v).runner.training_only
+]
 HOLDING = [
     v
-    for v in VARIANTS
+    for v in variants_of_files_with("fixed_weights")
     if type(testing.tiny(v).runner).fixed_weights is not ModelRunner.fixed_weights
 ]
 

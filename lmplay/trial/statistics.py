@@ -11,6 +11,7 @@ spent over them so that all looks together are wrong no more often than it says 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,9 +84,14 @@ def bca(differences: Sequence[float], coverage: float = 0.99, seed: int = 0) -> 
     With fewer than two values, or values that are all equal, there is no spread to resample: both
     ends are the mean, or infinite for a single value.
     """
+    return _bca(tuple(float(d) for d in differences), coverage, seed)
+
+
+@functools.lru_cache(maxsize=4096)  # a trial asks for the intervals of its past looks at each look
+def _bca(differences: tuple[float, ...], coverage: float, seed: int) -> tuple[float, float]:
     from scipy import stats
 
-    d = np.asarray(differences, float)
+    d = np.array(differences)
     if len(d) < 2:
         return -math.inf, math.inf
     if np.ptp(d) == 0:
