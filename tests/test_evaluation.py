@@ -122,9 +122,9 @@ def test_every_way_to_score_gives_the_same(variant: str, ours: LoadedModel) -> N
     for shared, plain in ((True, None), (False, None), (False, False)):
         own = Model(loaded, 4, shared=shared)
         if plain is False:
-            own.has_plain_head = False
+            own.scorer.has_plain_head = False
         found.append(own.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True))
-    assert Model(loaded).has_plain_head == (variant not in ("softcap", "sac2_head"))
+    assert Model(loaded).scorer.has_plain_head == (variant not in ("softcap", "sac2_head"))
     close(found[0], found[2])
     close(found[1], found[2])
 
