@@ -149,8 +149,8 @@ def work(name: str, arena: Arena, amp: bool, compile_model: bool) -> dict[str, A
     import torch
 
     from lmplay import model as probe
-    from lmplay.data.packing import mixtures
     from lmplay.data.prepare import prepare
+    from lmplay.data.stages import stages
     from lmplay.devices import describe_device, peak_memory_mb, pick_device, pick_precision
     from lmplay.discover import find, load
     from lmplay.plan import parse_plan
@@ -194,7 +194,7 @@ def work(name: str, arena: Arena, amp: bool, compile_model: bool) -> dict[str, A
     )
     trainer.model.train()
     trainer.mini_batch_size = arena.mini_batch
-    stream = mixtures(plan, prepared, config.max_len)[0]
+    stream = stages(plan, prepared, config.max_len)[0]
     batches = [stream.batch(i, arena.batch) for i in range(arena.warm_up + arena.steps)]
 
     def step(i: int) -> None:

@@ -166,8 +166,9 @@ def our_trainer(
     use."""
     from pathlib import Path
 
-    from lmplay.data.packing import IGNORE, Arrays, mixtures
+    from lmplay.data.packing import IGNORE, Arrays
     from lmplay.data.prepare import prepare
+    from lmplay.data.stages import stages
     from lmplay.discover import find, load
     from lmplay.plan import parse_plan
     from lmplay.training.loop import Options, Trainer
@@ -191,7 +192,7 @@ def our_trainer(
         "the benchmark's plan",
     )
     prepared = prepare(plan, lambda what, done: None)
-    stream = mixtures(plan, prepared, size.length)[0]
+    stream = stages(plan, prepared, size.length)[0]
     batches = [stream.batch(i, size.batch) for i in range(WARM_UP + size.timed_steps)]
     folded = [Arrays(a.ids % size.vocab, (a.targets % size.vocab)) for a in batches]
     assert all((a.targets != IGNORE).all() for a in batches)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,9 @@ class ModelSizes(Strict):
     max_len: int | None = Field(None, gt=0, le=2**26)
     dropout: float | None = Field(None, ge=0, lt=1)
     init: Literal["gpt2", "torch"] | None = Field(None, description="how the weights start")
+    lora: int | None = Field(
+        None, gt=0, le=2**16, description="train only low-rank changes of the matrices: their rank"
+    )
 
 
 class Schedule(Strict):
@@ -82,6 +86,9 @@ class Schedule(Strict):
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the stage's budget")
     floor: float = Field(0.1, ge=0, le=1, description="last multiplier of cosine, wsd, one_cycle")
     decay: float = Field(0.2, gt=0, le=1, description="wsd: share of the budget in which it decays")
+    per: Literal["stage", "window"] = Field(
+        "stage", description="window: it begins again in every window of a stream"
+    )
 
 
 class BatchSpec(Strict):
@@ -89,18 +96,68 @@ class BatchSpec(Strict):
 
     batch_size: int = Field(50, gt=0, le=2**20, description="sequences in one optimizer step")
     grad_clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
+    replay: float = Field(
+        0.0, ge=0, lt=1, description="share of a batch that is from earlier windows of a stream"
+    )
 
 
 class Validation(Strict):
     """The held-out text, and how often the model is tested on it."""
 
     fraction: float = Field(0.01, gt=0, lt=1, description="share of documents, chosen by content")
+    split: Literal["content", "time"] = Field(
+        "content", description="time: the last labeled examples are held out"
+    )
     tokens: int = Field(262_144, gt=0, description="size of the validation set over all data sets")
     every_tokens: int = Field(2_000_000, gt=0)
     solved: float | None = Field(
         None, gt=0, le=1, description="accuracy from which a synthetic task counts as solved"
     )
     sample_prompt: str = Field("The ", description="the text that the sample at validation begins")
+
+
+class Classification(Strict):
+    """The documents are prompts with labels, and the model tells the label."""
+
+    labels: list[str] = Field(min_length=2)
+    label_as: Literal["head", "text"] = Field(
+        "head",
+        description="head: an output layer for the labels, at the last token of the prompt. text: "
+        "the label's text behind the prompt",
+    )
+
+    @model_validator(mode="after")
+    def _different(self) -> Classification:
+        if len(set(self.labels)) < len(self.labels) or not all(x.strip() for x in self.labels):
+            raise ValueError("labels must be different texts")
+        return self
+
+
+class Stream(Strict):
+    """Test on a window of time, then train on it, then go on to the next."""
+
+    window: str = Field(description="its length: a number and s, m, h or d, such as 5m")
+    epochs: float = Field(1.0, gt=0, description="how often a window's examples are trained on")
+
+    @property
+    def seconds(self) -> float:
+        """Length of a window."""
+        return float(self.window[:-1]) * UNITS[self.window[-1]]
+
+    @model_validator(mode="after")
+    def _has_a_length(self) -> Stream:
+        try:
+            is_positive = 0 < self.seconds < math.inf
+        except (ValueError, KeyError, IndexError):
+            is_positive = False
+        if not is_positive:
+            raise ValueError(
+                f"window {self.window}: a number and a unit are wanted, s, m, h or d, such as 5m"
+            )
+        return self
+
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class PlanStage(Strict):
@@ -115,6 +172,7 @@ class PlanStage(Strict):
     )
     steps: int | None = Field(None, gt=0, description="optimizer steps")
     minutes: float | None = Field(None, gt=0)
+    stream: Stream | None = Field(None, description="instead of a budget, for labeled examples")
     interleave: Literal["first_exhausted", "all_exhausted", "concatenate"] = "first_exhausted"
     weights: list[float] | None = Field(
         None, description="shares of the data sets instead of equal turns"
@@ -136,6 +194,12 @@ class PlanStage(Strict):
     def _budget_fits(self) -> PlanStage:
         if self.fp32_tokens and not self.tokens:
             raise ValueError("fp32_tokens replaces tokens, which is missing")
+        if self.stream and (self.epochs or self.tokens or self.steps or self.minutes):
+            raise ValueError(
+                "a stream ends with its data: it has no epochs, tokens, steps, minutes"
+            )
+        if self.stream and len(self.datasets) > 1:
+            raise ValueError("a stream reads one data set")
         return self
 
 
@@ -150,6 +214,7 @@ class Plan(Strict):
     tokenizer: AnyTokenizer = TiktokenTokenizer()
     model: ModelSizes = DEFAULT_SIZES
     datasets: dict[str, AnySource]
+    classify: Classification | None = None
     optimizer: AnyOptimizer = Optimizer()
     schedule: Schedule = Schedule()
     batch: BatchSpec = BatchSpec()
@@ -179,6 +244,7 @@ class Plan(Strict):
                     )
         for name in self.used_datasets:
             self.datasets[name].check_plan(self)
+        self._classification_fits()
         self.tokenizer.check_plan(self)
         known = [f"{part}.{key}" for part in RECIPE_PARTS for key in keys_at(Plan, [part])]
         for context, settings in self.contexts.items():
@@ -193,6 +259,27 @@ class Plan(Strict):
             raise ValueError("two steps have the same step_name")
         return self
 
+    def _classification_fits(self) -> None:
+        """Raise ValueError if parts of a plan for labeled examples do not go together."""
+        is_stream = [stage.stream is not None for stage in self.steps]
+        if self.classify is None and (any(is_stream) or self.validation.split == "time"):
+            what = "a stream" if any(is_stream) else "validation.split time"
+            raise ValueError(f"{what} needs labeled examples: the plan has no classify")
+        if any(is_stream[:-1]):
+            raise ValueError("a stream must be the last of the steps")
+        for key, is_set in (
+            ("batch.replay", self.batch.replay > 0),
+            ("schedule.per window", self.schedule.per == "window"),
+        ):
+            if is_set and not any(is_stream):
+                raise ValueError(f"{key} is for a stream, and no step of the plan is one")
+        for name in self.used_datasets:
+            if self.classify is not None and not self.datasets[name].has_labels:
+                raise ValueError(
+                    f"the data set {name} has no labels, which classify needs (files and hub: "
+                    "columns.label and columns.prompt; bundled: label)"
+                )
+
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change with everything but the description."""
@@ -206,17 +293,16 @@ class Plan(Strict):
         for name, source in self.datasets.items():
             content["datasets"][name] = source.identity()
         content["tokenizer"] = self.tokenizer.identity()
-        if content["model"]["init"] is None:  # as in plans of before there was the key
-            del content["model"]["init"]
-        if self.initial_model is None:
-            del content["initial_model"]
-        else:  # wherever it is; a run's identity has the fingerprint of its weights
+        if self.initial_model is not None:
+            # Wherever it is; a run's identity has the fingerprint of its weights.
             content["initial_model"] = Path(self.initial_model).name
-        if content["validation"]["solved"] is None:
-            del content["validation"]["solved"]
+        _drop(content, {"initial_model": None, "classify": None})
+        for part, defaults in LATER_KEYS.items():
+            for holder in (content, *content["steps"]):
+                if holder.get(part) is not None:
+                    _drop(holder[part], defaults)
         for stage in content["steps"]:
-            if stage["fp32_tokens"] is None:
-                del stage["fp32_tokens"]
+            _drop(stage, {"fp32_tokens": None, "stream": None})
         return content
 
     @property
@@ -226,7 +312,7 @@ class Plan(Strict):
 
     def sizes(self) -> dict[str, Any]:
         """Return the model sizes that the plan sets."""
-        return self.model.model_dump(exclude_none=True)
+        return self.model.model_dump(exclude_none=True, exclude={"lora"})
 
     def optimizer_of(self, stage: PlanStage) -> OptimizerSpec:
         chosen = stage.optimizer or self.optimizer
@@ -245,6 +331,8 @@ class Plan(Strict):
         """
         if tokens is None and steps is None and minutes is None:
             return self
+        if any(stage.stream for stage in self.steps):
+            raise LmplayError("--tokens, --steps, --minutes: a stream ends with its data")
         n = len(self.steps)
         for option, budget in (("tokens", tokens), ("steps", steps)):
             if budget is not None and budget < n:
@@ -290,6 +378,22 @@ class Plan(Strict):
             for stage in self.steps
         ]
         return self.model_copy(update={"steps": changed})
+
+
+LATER_KEYS: dict[str, dict[str, Any]] = {
+    "model": {"init": None, "lora": None},
+    "validation": {"solved": None, "split": "content"},
+    "schedule": {"per": "stage"},
+    "batch": {"replay": 0.0},
+}
+"""Keys that plans had not from the beginning. At their defaults they change no fingerprint."""
+
+
+def _drop(content: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Remove keys that have these values."""
+    for key, default in defaults.items():
+        if content[key] == default:
+            del content[key]
 
 
 def plan_files() -> dict[str, Path]:

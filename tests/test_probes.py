@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import Command, one_line
 
-from lmplay.data.packing import ValidationSet, mixtures
+from lmplay.data.packing import ValidationSet
 from lmplay.data.prepare import prepare
 from lmplay.data.probes import ProbeSource
+from lmplay.data.stages import stages
 from lmplay.ops import IGNORE
 from lmplay.plan import find_plan, load_plan
 
@@ -27,7 +28,7 @@ def test_the_context_tells_every_target(task: str) -> None:
     prepared = prepare(plan, quiet)
     length = plan.model.max_len
     assert length is not None
-    batches = [mixtures(plan, prepared, length)[0].batch(i, 16) for i in range(4)]
+    batches = [stages(plan, prepared, length)[0].batch(i, 16) for i in range(4)]
     batches += list(ValidationSet(plan, prepared, length).batches(64))[:2]
     seen = set()
     for batch in batches:

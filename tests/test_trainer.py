@@ -371,7 +371,7 @@ def test_an_experiments_own_figures_may_not_pass_for_the_harness(tmp_path: Path)
     def step(model: torch.nn.Module, batch: Batch, name: str) -> StepOut:
         return dataclasses.replace(own(model, batch), log={name: torch.ones(())})
 
-    arrays = trainer.streams[0].batch(0, 8)
+    arrays = trainer.stages[0].batch(0, 8)
     for name in ("loss", "tokens", "a,b"):
         trainer.runner.step = partial(step, name=name)  # type: ignore[method-assign]
         with pytest.raises(LmplayError, match="cannot be a new column"):
@@ -396,7 +396,7 @@ def test_a_loss_beside_the_loss_is_weighted_by_sequences_and_seen_by_check_grads
         return dataclasses.replace(own(model, batch), aux_loss=aux)
 
     trainer.runner.step = step  # type: ignore[method-assign]
-    arrays = trainer.streams[0].batch(0, 8)
+    arrays = trainer.stages[0].batch(0, 8)
     for size in (1, 3, 8):
         trainer.model.zero_grad(set_to_none=True)
         trainer.mini_batch_size = size
@@ -449,7 +449,7 @@ def test_fp16_halves_a_scale_that_is_too_large_and_stops_at_a_loss_that_is_not_f
 ) -> None:
     trainer = trainer_of(tmp_path, "fp16")
     assert trainer.scaler is not None
-    arrays = trainer.streams[0].batch(0, 8)
+    arrays = trainer.stages[0].batch(0, 8)
     weights = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
     trainer.train_step(arrays)
@@ -469,7 +469,7 @@ def test_two_processes_share_a_batch(tmp_path: Path) -> None:
     process's."""
     trainer = trainer_of(tmp_path, "fp32")
     trainer.model.eval()  # no dropout
-    stream = trainer.streams[0]
+    stream = trainer.stages[0]
     total = stream.batch(0, 8).n_tokens
     trainer.global_sum = lambda count: total  # type: ignore[method-assign]
     gradients = []

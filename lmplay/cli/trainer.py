@@ -304,7 +304,7 @@ def train(args: argparse.Namespace, memory: str, console: Console) -> int:
 def print_summary(summary: dict[str, object]) -> None:
     """Print `key: value` lines, for grep."""
     for key, value in summary.items():
-        is_loss = isinstance(value, float) and key.startswith("val_")
+        is_loss = isinstance(value, float) and key.startswith(("val_", "label_"))
         print(f"{key}: {value:.6f}" if is_loss else f"{key}: {value}")
 
 
@@ -359,7 +359,7 @@ def check_grads(run: PreparedRun) -> int:
     from ..model import to_batch, without_gradient
 
     trainer = run.trainer()
-    arrays = trainer.streams[0].batch(0, trainer.batch_size)
+    arrays = trainer.stages[0].batch(0, trainer.batch_size)
     batch = to_batch(arrays, slice(0, min(4, trainer.batch_size)), trainer.device)
     idle = without_gradient(trainer.runner, trainer.model, batch)
     for name in idle:
@@ -376,7 +376,7 @@ def profile(run: PreparedRun, args: argparse.Namespace, console: Console) -> int
 
     trainer = run.trainer()
     trainer.set_up(args.mini_batch_size, {})
-    arrays = trainer.streams[0].batch(0, trainer.batch_size)
+    arrays = trainer.stages[0].batch(0, trainer.batch_size)
 
     def step() -> None:
         trainer.train_step(arrays)
@@ -405,7 +405,7 @@ def find_lr(run: PreparedRun, args: argparse.Namespace, reporter: Reporter) -> i
     spec = trainer.plan.optimizer_of(trainer.stage)
 
     def step(index: int, multiplier: float) -> float:
-        arrays = trainer.streams[0].batch(index, trainer.batch_size)
+        arrays = trainer.stages[0].batch(index, trainer.batch_size)
         trainer.optimizers.set_lr(multiplier)
         try:
             return trainer.train_step(arrays).loss_sum / max(1, arrays.n_tokens)

@@ -269,9 +269,10 @@ def sentences(report: dict[str, Any]) -> list[str]:
         if v["gain"] is None:
             continue
         interval = f"{_end(v['low'])} to {_end(v['high'])}"
+        bits = "" if v["gain_bpb"] is None else f", {v['gain_bpb']:+.4f} bits per byte"
         lines.append(
-            f"  gain {v['gain']:+.4f} nats per token ({interval}), {v['gain_bpb']:+.4f} bits per "
-            f"byte; p {v['p']:.4g} of the {v['level']:.4g} that this look may spend; "
+            f"  gain {v['gain']:+.4f} nats per token ({interval}){bits}; p {v['p']:.4g} of the "
+            f"{v['level']:.4g} that this look may spend; "
             f"{v['pairs']} pairs"
         )
         if v["tokens_ratio"]:

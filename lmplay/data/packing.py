@@ -1,7 +1,8 @@
-"""Packed sequences in a fixed order.
+"""Sequences in a fixed order.
 
 Sequence i of a data set is the tokens [iT, iT + T); its targets are shifted by one. Nothing is
-padded, and no two sequences overlap. The plan's seed, the stage, the data set, the epoch and the
+padded, and no two sequences overlap. (A labeled example is a sequence of its own, and is padded.)
+The plan's seed, the stage, the data set, the epoch and the
 position decide which sequence is read where. So every experiment, run seed and mini-batch size
 reads the same data, a resumed run computes its position directly, and each of several processes
 computes its own share.
@@ -13,12 +14,14 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from ..errors import LmplayError
 from ..ops import IGNORE
-from ..plan import Plan, PlanStage
+from ..plan import Plan
+from .examples import Examples
 from .prepare import Prepared
 from .token_files import Tokens
 
@@ -35,7 +38,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     shift = np.uint64(half)
-    keys = [np.uint64(_hash(key, r)) for r in range(6)]
+    keys = [np.uint64(seed_of_order(key, r)) for r in range(6)]
 
     def encrypt(x: np.ndarray) -> np.ndarray:
         left = x >> shift
@@ -53,7 +56,8 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     return out
 
 
-def _hash(*parts: object) -> int:
+def seed_of_order(*parts: object) -> int:
+    """Return 64 bits that depend on every part."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
 
 
@@ -74,106 +78,45 @@ class Arrays:
         return int((self.targets != IGNORE).sum())
 
 
-class Mixture:
-    """The sequences of one plan stage, in order.
+def stacked(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Arrays:
+    """Return sequences, ids and targets (T,) each, as one batch."""
+    return Arrays(np.stack([i for i, _ in pairs]), np.stack([t for _, t in pairs]))
 
-    Data sets take turns in a repeating pattern: one turn each, or by weights in a pattern of about
-    1000 turns that spreads each data set's turns evenly.
-    """
 
-    PATTERN = 1000
+class Sequences(Protocol):
+    """The sequences of one split of a data set."""
 
-    def __init__(self, stage: PlanStage, number: int, sets: list[Tokens], length: int, seed: int):
-        self.stage = stage
-        self.number = number
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and targets (T,)."""
+        ...
+
+
+class Packed:
+    """Sequences of one split that fill the length with one document after another."""
+
+    def __init__(self, tokens: Tokens, split: str, length: int):
+        self.name = tokens.name
         self.length = length
-        self.seed = seed
-        self.sets = sets
-        self.sizes = np.array([max(0, (len(t.train) - 1) // length) for t in sets])
-        for tokens, size in zip(sets, self.sizes, strict=True):
-            if size == 0:
-                if len(tokens.train) == 0 and tokens.documents:
-                    raise LmplayError(f"data set {tokens.name}: {_why_empty(tokens, 'train')}")
-                raise LmplayError(
-                    f"data set {tokens.name}: {len(tokens.train)} training tokens are too few for "
-                    f"a sequence of {length}: more text, or a smaller max_len?"
-                )
-        counts = self._turns()
-        # Put the c turns of a data set at (i + 1/2) / c; sorting spreads them evenly.
-        places = [((i + 0.5) / c, d, i) for d, c in enumerate(counts) for i in range(c)]
-        ordered = sorted(places)
-        self.pattern = np.array([d for _, d, _ in ordered])
-        self.nth = np.array([i for _, _, i in ordered])
-        self.turns = np.array(counts)
+        self.ids, self.mask = (
+            (tokens.train, tokens.train_mask) if split == "train" else (tokens.val, tokens.val_mask)
+        )
 
-    def _turns(self) -> list[int]:
-        weights = self.stage.weights
-        if weights is None:
-            return [1] * len(self.sets)
-        total = sum(weights)
-        return [max(1, round(self.PATTERN * w / total)) for w in weights]
+    def __len__(self) -> int:
+        return max(0, (len(self.ids) - 1) // self.length)
 
-    @property
-    def sequences(self) -> int:
-        """Number of sequences in an epoch of this stage."""
-        if self.stage.interleave == "concatenate":
-            return int(self.sizes.sum())
-        rounds = self.sizes / self.turns
-        fit = rounds.min() if self.stage.interleave == "first_exhausted" else rounds.max()
-        return max(1, int(fit * len(self.pattern)))
-
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the data set and the sequence number, (m,) each, at these positions."""
-        if self.stage.interleave == "concatenate":
-            total = int(self.sizes.sum())
-            flat = self._shuffled(positions, total, "all")
-            which = np.searchsorted(np.cumsum(self.sizes), flat, side="right")
-            return which, flat - (np.cumsum(self.sizes) - self.sizes)[which]
-        rounds = positions // len(self.pattern)
-        turn = positions % len(self.pattern)
-        which = self.pattern[turn]
-        nth = rounds * self.turns[which] + self.nth[turn]
-        out = np.empty(len(positions), dtype=np.int64)
-        for d, tokens in enumerate(self.sets):
-            here = which == d
-            out[here] = self._shuffled(nth[here], int(self.sizes[d]), tokens.name)
-        return which, out
-
-    def _shuffled(self, nth: np.ndarray, size: int, name: str) -> np.ndarray:
-        """Return the nth draws from `size` sequences; each epoch has a new order."""
-        out = np.empty(len(nth), dtype=np.int64)
-        for epoch in np.unique(nth // size):
-            here = nth // size == epoch
-            key = _hash("order", self.seed, self.number, name, int(epoch))
-            out[here] = permute(nth[here] % size, size, key).astype(np.int64)
-        return out
-
-    def batch(self, index: int, batch_size: int, rank: int = 0, world: int = 1) -> Arrays:
-        """Return what process `rank` of `world` reads in optimizer step `index` of this stage."""
-        part = share(batch_size, rank, world)
-        positions = np.arange(index * batch_size + part.start, index * batch_size + part.stop)
-        which, sequence = self.locate(positions)
-        pairs = [
-            window(self.sets[d].train, self.sets[d].train_mask, int(s), self.length)
-            for d, s in zip(which, sequence, strict=True)
-        ]
-        return Arrays(np.stack([i for i, _ in pairs]), np.stack([t for _, t in pairs]))
+    def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return window(self.ids, self.mask, number, self.length)
 
 
-def stage_steps(stage: PlanStage, sequences: int, batch_size: int, length: int) -> float:
-    """Return the optimizer steps that a stage's budgets allow; inf if only time limits it.
-
-    Args:
-        sequences: in an epoch of the stage.
-    """
-    limits = [float(stage.steps)] if stage.steps else []
-    if stage.tokens:
-        limits.append(math.ceil(stage.tokens / (batch_size * length)))
-    # A stage without a budget lasts one epoch.
-    epochs = stage.epochs if stage.epochs or limits or stage.minutes else 1.0
-    if epochs:
-        limits.append(max(1, int(epochs * sequences) // batch_size))
-    return min(limits, default=math.inf)
+def sequences_of(plan: Plan, tokens: Tokens, split: str, length: int) -> Sequences:
+    """Return the training or validation sequences ("train", "val") of a data set."""
+    if plan.classify is None:
+        return Packed(tokens, split, length)
+    return Examples(tokens, split, length, plan.classify.label_as == "text")
 
 
 def window(
@@ -192,17 +135,7 @@ def window(
     return ids, targets
 
 
-def mixtures(plan: Plan, prepared: Prepared, length: int) -> list[Mixture]:
-    """Return the sequences of each stage of the plan, `length` tokens long."""
-    return [
-        Mixture(
-            stage, number, [prepared.tokens[name] for name in stage.datasets], length, plan.seed
-        )
-        for number, stage in enumerate(plan.steps)
-    ]
-
-
-def _why_empty(tokens: Tokens, split: str) -> str:
+def why_empty(tokens: Tokens, split: str) -> str:
     """Return why a split has no text, and what to do."""
     count = sum(tokens.documents.values())
     part = "training" if split == "train" else "validation"
@@ -219,34 +152,52 @@ def _why_empty(tokens: Tokens, split: str) -> str:
     )
 
 
+def _first_sequences(
+    tokens: Tokens, budget: int, length: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the sequences of the first validation tokens; the last one may end early."""
+    n = min(len(tokens.val), budget + 1)
+    mask = None if tokens.val_mask is None else tokens.val_mask[:n]
+    count = (n - 2) // length + 1
+    return [window(tokens.val[:n], mask, s, length) for s in range(count)]
+
+
+def spread(n: int, most: int) -> np.ndarray:
+    """Return up to `most` numbers below n, evenly spread."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+
+
 class ValidationSet:
-    """A plan's validation set: the first validation tokens of each data set."""
+    """A plan's validation set: the first validation tokens of each data set, or labeled examples
+    from all over it."""
 
     def __init__(self, plan: Plan, prepared: Prepared, length: int):
         names = plan.used_datasets
         budget = max(1, plan.validation.tokens // len(names))
         self.length = length
-        self.parts = []
+        self.by_dataset = {}
+        self.examples: dict[str, tuple[Examples, np.ndarray]] = {}
         for name in names:
             tokens = prepared.tokens[name]
-            n = min(len(tokens.val), budget + 1)
-            if n < 2:
-                raise LmplayError(f"data set {name}: {_why_empty(tokens, 'val')}")
-            mask = None if tokens.val_mask is None else tokens.val_mask[:n]
-            self.parts.append((name, tokens.val[:n], mask))
+            if len(tokens.val) < 2:
+                raise LmplayError(f"data set {name}: {why_empty(tokens, 'val')}")
+            if plan.classify is None:
+                self.by_dataset[name] = _first_sequences(tokens, budget, length)
+            else:
+                as_text = plan.classify.label_as == "text"
+                examples = Examples(tokens, "val", length, as_text)
+                chosen = spread(len(examples), math.ceil(budget / length))
+                self.examples[name] = (examples, chosen)
+                self.by_dataset[name] = [examples.sequence(int(number)) for number in chosen]
 
     def sequences(self, name: str | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return ids and targets (T,) of each sequence, of one data set or of all."""
         return [
-            window(tokens, mask, s, self.length)
-            for own, tokens, mask in self.parts
-            if name in (None, own)
-            for s in range((len(tokens) - 2) // self.length + 1)
+            pair for own, pairs in self.by_dataset.items() if name in (None, own) for pair in pairs
         ]
 
     def batches(self, size: int) -> Iterator[Arrays]:
         """Yield all sequences, `size` at a time; the last one of a data set may end early."""
         pairs = self.sequences()
         for start in range(0, len(pairs), size):
-            chunk = pairs[start : start + size]
-            yield Arrays(np.stack([i for i, _ in chunk]), np.stack([t for _, t in chunk]))
+            yield stacked(pairs[start : start + size])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..schema import Strict
+from .examples import Example, tokenize_examples
 from .token_files import Document, Progress, Tokens, tokenize
 from .tokenizers import Tokenizer
 
@@ -51,6 +52,15 @@ class Source(Strict):
         """
         return self.documents()
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether it has labeled examples for a plan with `classify`."""
+        return False
+
+    def examples(self, skipped: Counter[str]) -> Iterator[Example]:
+        """Yield all labeled examples in a fixed order; count what is left out by its reason."""
+        raise NotImplementedError
+
     def announcement(self) -> str:
         """Return a sentence to print before the documents are read, such as a download's size."""
         return ""
@@ -66,11 +76,19 @@ class Source(Strict):
         Override it for sources that are not made of documents.
         """
 
-        def read(skipped: Counter[str]) -> Iterator[Document]:
+        def announce() -> None:
             if text := self.announcement():
                 progress(f"data set {name}: {text}", None)
+
+        def read(skipped: Counter[str]) -> Iterator[Document]:
+            announce()
             return self.read(skipped)
 
+        if plan.classify is not None:
+            announce()
+            return tokenize_examples(
+                name, self.examples, self.fingerprint, tokenizer, plan, progress
+            )
         fraction = plan.validation.fraction
         return tokenize(name, read, self.fingerprint, tokenizer, fraction, progress)
 

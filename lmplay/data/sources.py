@@ -20,7 +20,8 @@ from pydantic import Field
 
 from .. import registry
 from ..errors import LmplayError, did_you_mean, first_line
-from .columns import Columns, documents_of
+from .columns import Columns, documents_of, examples_of
+from .examples import Example
 from .files import SUFFIXES, read_rows
 from .probes import ProbeSource
 from .source import LocalSource, Source, digest
@@ -59,6 +60,13 @@ class HubSource(Source):
 
     def read(self, skipped: Counter[str]) -> Iterator[Document]:
         yield from documents_of(self._open(), self.columns, skipped)
+
+    @property
+    def has_labels(self) -> bool:
+        return self.columns.label is not None
+
+    def examples(self, skipped: Counter[str]) -> Iterator[Example]:
+        yield from examples_of(self._open(), self.columns, skipped)
 
     def announcement(self) -> str:
         import datasets
@@ -132,6 +140,13 @@ class FilesSource(LocalSource):
     def read(self, skipped: Counter[str]) -> Iterator[Document]:
         yield from documents_of(self._rows(skipped), self.columns, skipped)
 
+    @property
+    def has_labels(self) -> bool:
+        return self.columns.label is not None
+
+    def examples(self, skipped: Counter[str]) -> Iterator[Example]:
+        yield from examples_of(self._rows(skipped), self.columns, skipped)
+
     def _rows(self, skipped: Counter[str]) -> Iterator[Mapping[str, Any]]:
         if self._saved_by_datasets:
             import datasets
@@ -195,6 +210,24 @@ class BundledSource(Source):
 
     source: Literal["bundled"] = "bundled"
     language: str = "en"
+    label: str | None = Field(
+        None, description="of all its introductions, in a plan that classifies"
+    )
+
+    def identity(self) -> dict[str, Any]:
+        content = super().identity()
+        if self.label is None:  # as before there were labels
+            del content["label"]
+        return content
+
+    @property
+    def has_labels(self) -> bool:
+        return self.label is not None
+
+    def examples(self, skipped: Counter[str]) -> Iterator[Example]:
+        assert self.label is not None
+        for document in self.documents():
+            yield Example("".join(text for text, _ in document), self.label)
 
     def _locate(self) -> tuple[str, Path]:
         """Return the package's version and the file of the language."""
@@ -215,7 +248,8 @@ class BundledSource(Source):
     @property
     def fingerprint(self) -> str:
         version, _ = self._locate()
-        return digest("bundled", BUNDLED_PACKAGE, version, self.language)
+        label = [] if self.label is None else [self.label]
+        return digest("bundled", BUNDLED_PACKAGE, version, self.language, *label)
 
     def documents(self) -> Iterator[Document]:
         _, path = self._locate()

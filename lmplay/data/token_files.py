@@ -1,7 +1,8 @@
 """Token files: documents become token ids once per source and tokenizer, then memory maps.
 
 A folder of the cache holds train.bin and val.bin (token ids one after another, each document ended
-by end-of-text), a mask next to each if some tokens do not count in the loss, and manifest.json.
+by end-of-text), a mask next to each if some tokens do not count in the loss, the records of labeled
+documents, and manifest.json.
 """
 
 from __future__ import annotations
@@ -45,6 +46,18 @@ def cache_folder() -> Path:
         ) from e
 
 
+RECORD = np.dtype(
+    [
+        ("start", np.int64),  # its first token in the file
+        ("prompt", np.int32),  # tokens
+        ("label_tokens", np.int32),  # tokens behind the prompt, with the end of text
+        ("label", np.int32),  # its number in the plan
+        ("time", np.float64),  # seconds since 1970; NaN if it has none
+    ]
+)
+"""What is kept of a labeled document."""
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Tokens of one data set.
@@ -53,6 +66,7 @@ class Tokens:
     train_mask, val_mask: (n,) 1 where a token counts in the loss; None if all count.
     fingerprint: digest of the content of both splits.
     documents: number of documents of each split; empty if unknown.
+    train_records, val_records: (documents,) RECORD of labeled documents; else None.
     """
 
     name: str
@@ -62,6 +76,8 @@ class Tokens:
     val_mask: np.ndarray | None
     fingerprint: str
     documents: Mapping[str, int] = field(default_factory=dict)
+    train_records: np.ndarray | None = None
+    val_records: np.ndarray | None = None
 
 
 def in_validation(document: Document, fraction: float) -> bool:
@@ -75,21 +91,32 @@ def in_validation(document: Document, fraction: float) -> bool:
 
 
 class SplitWriter:
-    """Writes the tokens of one split and, from the first token that does not count, a mask."""
+    """Writes the tokens of one split, from the first token that does not count a mask, and the
+    records of labeled documents."""
 
     def __init__(self, folder: Path, split: str, dtype: type):
         self.path = folder / f"{split}.bin"
         self.mask_path = folder / f"{split}.mask"
+        self.records_path = folder / f"{split}.records"
         self.dtype = dtype
         self.file: BinaryIO = open(self.path, "wb")  # noqa: SIM115 (open as long as the writer)
         self.mask: BinaryIO | None = None
+        self.records: BinaryIO | None = None
         self.digest = hashlib.sha256()  # of the content: ids and mask of one document after another
         self.file_digests = {self.path.name: hashlib.sha256()}
         self.tokens = 0
         self.documents = 0
 
-    def write(self, ids: np.ndarray, counted: np.ndarray) -> None:
-        """Append one document: ids (n,) and whether each counts in the loss, (n,) bool."""
+    def write(
+        self, ids: np.ndarray, counted: np.ndarray, labeled: tuple[int, int, float] | None = None
+    ) -> None:
+        """Append one document: ids (n,) and whether each counts in the loss, (n,) bool.
+
+        Args:
+            labeled: how many of the tokens are the prompt, the label's number, and the time.
+        """
+        if labeled is not None:
+            self._write_record(len(ids), *labeled)
         data = ids.astype(self.dtype).tobytes()
         self.file.write(data)
         self.digest.update(data)
@@ -105,6 +132,15 @@ class SplitWriter:
         self.tokens += len(ids)
         self.documents += 1
 
+    def _write_record(self, size: int, prompt: int, label: int, time: float) -> None:
+        if self.records is None:
+            self.records = open(self.records_path, "wb")  # noqa: SIM115
+            self.file_digests[self.records_path.name] = hashlib.sha256()
+        record = np.array([(self.tokens, prompt, size - prompt, label, time)], RECORD).tobytes()
+        self.records.write(record)
+        self.digest.update(record)
+        self.file_digests[self.records_path.name].update(record)
+
     def _write_mask(self, data: bytes) -> None:
         assert self.mask is not None
         self.mask.write(data)
@@ -112,7 +148,7 @@ class SplitWriter:
 
     def close(self) -> dict[str, Any]:
         """Close the files; return the split's entry in the manifest."""
-        for file in (self.file, self.mask):
+        for file in (self.file, self.mask, self.records):
             if file is not None:
                 file.close()
         return {
@@ -123,7 +159,7 @@ class SplitWriter:
         }
 
 
-def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+def encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
     """Return the ids of each text; long texts are encoded in parts."""
     parts = [parts_of(text) for text in texts]
     encoded = iter(tokenizer.encode_batch([part for of_text in parts for part in of_text]))
@@ -155,7 +191,7 @@ def tokenize(
         done = 0
         skipped: Counter[str] = Counter()
         for batch in batches(without_surrogates(read(skipped), skipped)):
-            encoded = iter(_encode([text for d in batch for text, _ in d], tokenizer))
+            encoded = iter(encode([text for d in batch for text, _ in d], tokenizer))
             for document in batch:
                 ids = [next(encoded) for _ in document]
                 counted = [np.full(len(i), c) for i, (_, c) in zip(ids, document, strict=True)]
@@ -254,10 +290,14 @@ def _open(name: str, folder: Path) -> Tokens:
         if f"{split}.bin" not in entry.files:
             raise DamagedError(f"{path} is damaged: it does not list {split}.bin")
         for file, digest in entry.files.items():
-            if file not in (f"{split}.bin", f"{split}.mask"):
+            kinds = {
+                f"{split}.bin": (np.dtype(manifest.dtype), entry.tokens),
+                f"{split}.mask": (np.dtype(np.uint8), entry.tokens),
+                f"{split}.records": (RECORD, entry.documents),
+            }
+            if file not in kinds:
                 raise DamagedError(f"{path} is damaged: it lists {file}")
-            dtype = np.dtype(manifest.dtype if file.endswith(".bin") else np.uint8)
-            arrays[file] = _verified(folder / file, dtype, entry.tokens, digest)
+            arrays[file] = _verified(folder / file, *kinds[file], digest)
     both = manifest.train.sha256 + manifest.val.sha256
     return Tokens(
         name,
@@ -267,6 +307,8 @@ def _open(name: str, folder: Path) -> Tokens:
         arrays.get("val.mask"),
         hashlib.sha256(both.encode()).hexdigest()[:16],
         documents,
+        arrays.get("train.records"),
+        arrays.get("val.records"),
     )
 
 

@@ -11,7 +11,7 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
@@ -21,10 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import decoding
+from .. import adapt, decoding
 from ..api import ModelRunner, StepOut
-from ..data.packing import Arrays, ValidationSet, mixtures, stage_steps
+from ..classification import report
+from ..data.packing import Arrays, ValidationSet
 from ..data.prepare import Prepared
+from ..data.stages import stages
+from ..data.windows import Windows
 from ..devices import Precision, check_compiler, peak_memory_mb, release_memory
 from ..errors import LmplayError, NotFiniteError
 from ..model import (
@@ -40,7 +43,7 @@ from ..model import (
 from ..ops import IGNORE
 from ..plan import Plan, PlanStage
 from ..threads import Share
-from . import checkpoint, warm_start
+from . import checkpoint, stream, warm_start
 from .curves import (
     TRAIN,
     VALIDATE,
@@ -161,9 +164,10 @@ class Trainer:
         self.world = world
         self.length = runner.config.max_len
         self.batch_size = plan.batch.batch_size
-        self.streams = mixtures(plan, prepared, self.length)
+        self.stages = stages(plan, prepared, self.length)
         self.validation = ValidationSet(plan, prepared, self.length)
         self.token_bytes = prepared.tokenizer.token_bytes
+        self.has_label_head = plan.classify is not None and plan.classify.label_as == "head"
         self.start = start or Start()
         self.model = build_model(runner, seed).to(device)
         frozen = warm_start.freeze(self.model, self.start.freeze, self.start.train_only)
@@ -185,6 +189,7 @@ class Trainer:
         self.train_curve = CurveFile(run.path / "train.csv", TRAIN)
         self.validate_curve = CurveFile(run.path / "validate.csv", VALIDATE)
         self.samples = Samples(run.path / "samples.jsonl")
+        self.stream_log = stream.StreamLog(run.path)
         self.throughput: deque[float] = deque(maxlen=20)  # tokens per second of the last steps
         self.stop_signal: int | None = None
         self.last_saved = time.monotonic()
@@ -207,10 +212,10 @@ class Trainer:
                 self.save()  # before training, so that a folder that refuses fails now
             while self.state.plan_step < len(self.plan.steps):
                 began = time.perf_counter()
-                stream = self.streams[self.state.plan_step]
-                arrays = stream.batch(self.state.index, self.batch_size, self.rank, self.world)
+                sequences = self.stages[self.state.plan_step]
+                arrays = sequences.batch(self.state.index, self.batch_size, self.rank, self.world)
                 schedule = self.plan.schedule_of(self.stage)
-                lr = self.optimizers.set_lr(lr_multiplier(schedule, self.progress(ahead=True)))
+                lr = self.optimizers.set_lr(lr_multiplier(schedule, self.schedule_progress()))
                 result = self.train_step(arrays)
                 self.finish_step(arrays, result, lr, time.perf_counter() - began)
                 if self.progress() >= 1:
@@ -316,8 +321,22 @@ class Trainer:
 
     def max_steps(self) -> float:
         """Return the optimizer steps that the stage's budgets allow; inf if only time limits it."""
-        sequences = self.streams[self.state.plan_step].sequences
-        return stage_steps(self.stage, sequences, self.batch_size, self.length)
+        return self.stages[self.state.plan_step].steps(self.batch_size, self.length)
+
+    @property
+    def windows(self) -> Windows | None:
+        """The windows of the stage, if it is a stream; also at the plan's end."""
+        number = min(self.state.plan_step, len(self.stages) - 1)
+        found = self.stages[number]
+        return found if isinstance(found, Windows) else None
+
+    def windows_trained(self) -> int | None:
+        """Return how many windows the model was trained on, if it is now between two of them."""
+        if self.windows is None:
+            return None
+        if self.state.plan_step == len(self.stages):
+            return len(self.windows.windows)
+        return self.windows.starting_at(self.state.index)
 
     def progress(self, ahead: bool = False) -> float:
         """Return which share of the stage is done, in (0, 1]. The budget that ends first counts.
@@ -325,10 +344,18 @@ class Trainer:
         Args:
             ahead: include the step about to run, so that the last step has the schedule's end.
         """
-        by_steps = (self.state.index + ahead) / self.max_steps()
+        index = self.state.index + ahead
+        by_steps = index / self.max_steps()
         minutes = self.stage.minutes
         by_time = self.state.step_seconds / (60 * minutes) if minutes else 0.0
         return min(1.0, max(by_steps, by_time, 1e-9))
+
+    def schedule_progress(self) -> float:
+        """Return where the step about to run is in the learning rate's schedule, in (0, 1]."""
+        if self.windows is None or self.plan.schedule_of(self.stage).per == "stage":
+            return self.progress(ahead=True)
+        window = self.windows.at(self.state.index)
+        return (self.state.index - window.first_step + 1) / window.steps
 
     def seconds_left(self) -> float:
         """Return the remaining training time of the stage, at the speed of the last steps."""
@@ -355,9 +382,11 @@ class Trainer:
             self.optimizers = self._make_optimizers()
 
     def should_validate(self) -> bool:
-        """Return whether a validation is due: every `every_tokens` tokens, and at the plan's
-        end."""
+        """Return whether a validation is due: every `every_tokens` tokens, in a stream between two
+        windows, and at the plan's end."""
         state = self.state
+        if self.windows is not None:
+            return self.windows_trained() is not None
         every = self.plan.validation.every_tokens
         at_end = state.plan_step == len(self.plan.steps)
         interval_ended = state.tokens // every > max(0, state.validated_at) // every
@@ -390,23 +419,20 @@ class Trainer:
         self.reporter.step(row, self.progress(), self.seconds_left(), peak_memory_mb(self.device))
 
     def validate(self) -> None:
-        """Measure the loss on the validation set and generate a sample of text."""
+        """Measure the loss on the validation set, in a stream on its windows, and generate a sample
+        of text."""
         self.model.eval()
         self.optimizers.switch("eval")
-        loss = 0.0
-        correct = 0.0
-        n = 0
-        n_bytes = 0
-        no_gradients = torch.no_grad()
-        precision = autocast(self.device, self.precision)
-        with no_gradients, precision, self.runner.fixed_weights(self.model):
-            for arrays in self.validation.batches(self.mini_batch_size):
-                batch = to_batch(arrays, slice(None), self.device)
-                out = self.runner.step(self.model, batch)
-                loss += float(out.loss_sum)
-                correct += float(out.n_correct)
-                n += arrays.n_tokens
-                n_bytes += self._bytes(arrays)
+        trained = self.windows_trained()
+        if self.windows is not None and trained is not None:
+            n_bytes = 0
+            loss, correct, n = self.stream_log.test(
+                self.windows, trained, self.evaluate, self.mini_batch_size
+            )
+        else:
+            batches = list(self.validation.batches(self.mini_batch_size))
+            n_bytes = sum(map(self._bytes, batches))
+            loss, correct, n = self.evaluate(batches)
         if not math.isfinite(loss):
             raise NotFiniteError(
                 f"step {self.state.step}: the validation loss is {loss}. {self._remedy()}"
@@ -420,11 +446,41 @@ class Trainer:
         self.samples.append(self.state.tokens, sample)
         self.reporter.validated(row, sample)
 
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Arrays]) -> tuple[float, float, int]:
+        """Return the loss (a sum, nats), the correct predictions and the number of counted targets,
+        with the model in evaluation mode."""
+        loss = 0.0
+        correct = 0.0
+        n = 0
+        precision = autocast(self.device, self.precision)
+        with precision, self.runner.fixed_weights(self.model):
+            for arrays in batches:
+                out = self.runner.step(self.model, to_batch(arrays, slice(None), self.device))
+                loss += float(out.loss_sum)
+                correct += float(out.n_correct)
+                n += arrays.n_tokens
+        return loss, correct, n
+
+    def classification(self) -> report.Report:
+        """Return how the model classifies the held-out examples."""
+        self.model.eval()
+        self.optimizers.switch("eval")
+        with autocast(self.device, self.precision):
+            found = report.evaluate(
+                self.plan, self.prepared, self.runner, self.model, self.validation
+            )
+        self.model.train()
+        self.optimizers.switch("train")
+        return found
+
     def sample(self, new_tokens: int = 40) -> str:
-        """Return a text that the model generates at this step.
+        """Return a text that the model generates at this step; "" if its head is for labels.
 
         It has a random generator of its own, so that it does not change the training run.
         """
+        if self.has_label_head:
+            return ""
         tokenizer = self.prepared.tokenizer
         prompt = self.plan.validation.sample_prompt
         try:
@@ -461,12 +517,14 @@ class Trainer:
         """
         return {
             "loss": loss / max(1, n),
-            "bpb": loss / LN2 / max(1, n_bytes),
+            "bpb": loss / LN2 / n_bytes if n_bytes else math.nan,
             "accuracy": correct / max(1, n),
         }
 
     def _bytes(self, arrays: Arrays) -> int:
-        """Return the text bytes of the counted targets."""
+        """Return the text bytes of the counted targets; labels of a head are no text."""
+        if self.has_label_head:
+            return 0
         return int(np.sum(self.token_bytes[arrays.targets[arrays.targets != IGNORE]]))
 
     def summary(self) -> dict[str, Any]:
@@ -476,11 +534,14 @@ class Trainer:
         state = self.state
         bar = self.plan.validation.solved
         solved = {} if bar is None else {"solved": float(last["accuracy"]) >= bar}
+        streamed = {} if self.windows is None else stream.record_of(self.stream_log.rows())
+        bpb = {} if math.isnan(last["bpb"]) else {"val_bpb": float(last["bpb"])}
         return {
-            "val_bpb": float(last["bpb"]),
+            **bpb,
             "val_loss": float(last["loss"]),
             "val_accuracy": float(last["accuracy"]),
             **solved,
+            **streamed,
             "tokens": state.tokens,
             "steps": state.step,
             "seconds": round(state.seconds, 1),
@@ -501,7 +562,7 @@ class Trainer:
         Returns:
             flops_per_token, mini_batch_size and threads, for run.json.
         """
-        arrays = self.streams[0].batch(0, self.batch_size, self.rank, self.world)
+        arrays = self.stages[0].batch(0, self.batch_size, self.rank, self.world)
         self.model.train()
         kept = known.get("mini_batch_size")
         self.mini_batch_size = mini_batch_size or kept or 0
@@ -526,6 +587,7 @@ class Trainer:
                 batch = to_batch(arrays, slice(0, self.mini_batch_size), self.device)
                 passes = math.ceil(self.batch_size / self.mini_batch_size)
                 self.flops_per_token = count_flops(self.runner, self.model, batch, passes)
+        self._check_adapters(arrays)
         flops = self.flops_per_token * self.mini_batch_size * self.length
         if share is not None and "threads" not in known and flops < ONE_THREAD_FLOPS:
             share.keep(1)
@@ -534,6 +596,21 @@ class Trainer:
             "mini_batch_size": self.mini_batch_size,
             "threads": torch.get_num_threads() if share is None else share.chosen,
         }
+
+    def _check_adapters(self, arrays: Arrays) -> None:
+        """Name the low-rank adapters that change nothing, because the model does not call their
+        layers."""
+        if self.plan.model.lora is None:
+            return
+        with undisturbed(self.model, self.device), self.runner.fixed_weights(self.model):
+            self.forward_backward(arrays, slice(0, self.mini_batch_size), n_counted=1)
+            idle = adapt.without_effect(self.model)
+        if idle:
+            names = ", ".join(idle[:4])
+            self.reporter.note(
+                f"adapters without effect: {len(idle)} ({names}, ...): the model uses the weights "
+                "of these layers and does not call them"
+            )
 
     def _find_mini_batch_size(self, arrays: Arrays) -> None:
         self.reporter.note("looking for the fastest mini-batch size ...")
@@ -583,7 +660,13 @@ class Trainer:
         """Write a checkpoint, unless this state is already saved."""
         if self.state == self.saved_state:
             return
-        logs = {"train": self.train_curve, "validate": self.validate_curve, "samples": self.samples}
+        logs: dict[str, AppendOnlyFile] = {
+            "train": self.train_curve,
+            "validate": self.validate_curve,
+            "samples": self.samples,
+        }
+        if self.windows is not None:
+            logs["windows"] = self.stream_log.file
         for log in logs.values():
             log.sync()
         write_digests({log.path: log.size for log in logs.values()})
@@ -618,7 +701,7 @@ class Trainer:
         """
         found = self.run.newest(self.reporter.note, check_state)
         if found is None:
-            self._truncate_logs(0, 0, 0)
+            self._truncate_logs(0, 0, 0, 0)
             if self.start.initial is not None:
                 source = self.start.initial
                 warm_start.warm_start(self.runner, self.model, source, self.reporter.note)
@@ -643,18 +726,23 @@ class Trainer:
             self.scaler.load_state_dict(found.state.get("grad_scaler") or version_0_2)
         state = found.state
         samples = state.get("samples_bytes", 0)  # older runs kept none
-        self._truncate_logs(state["train_bytes"], state["validate_bytes"], samples)
+        windows = state.get("windows_bytes", 0)  # only in a stream
+        self._truncate_logs(state["train_bytes"], state["validate_bytes"], samples, windows)
         self.last_checkpoint = str(found.path)
         self.saved_state = replace(self.state)
         return True
 
-    def _truncate_logs(self, train: int, validate: int, samples: int) -> None:
+    def _truncate_logs(self, train: int, validate: int, samples: int, windows: int) -> None:
         """Cut the curves and samples back to these sizes in bytes.
 
         Raises:
             LmplayError: a curve is damaged.
         """
-        curves: dict[AppendOnlyFile, int] = {self.train_curve: train, self.validate_curve: validate}
+        curves: dict[AppendOnlyFile, int] = {
+            self.train_curve: train,
+            self.validate_curve: validate,
+            self.stream_log.file: windows,
+        }
         try:
             for curve, size in curves.items():
                 if size:

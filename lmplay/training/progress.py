@@ -4,6 +4,7 @@ log."""
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -66,6 +67,11 @@ def make_console() -> Output:
     terminal."""
     console = Output()
     return console if console.is_terminal else Output(width=400)
+
+
+def bits(row: Mapping[str, float], before: str, digits: int) -> str:
+    """Return a row's bits per byte for a line of text; "" where labels are told, not text."""
+    return "" if math.isnan(row["bpb"]) else f"{before}{row['bpb']:.{digits}f}"
 
 
 class Reporter:
@@ -159,7 +165,7 @@ class Reporter:
         self._to_loggers("train", row)
         self._show(
             f"step {row['step']} · {count(row['tokens'])} tokens · loss {row['loss']:.3f}"
-            f" · bpb {row['bpb']:.3f} · lr {row['lr']:.2e}",
+            f"{bits(row, ' · bpb ', 3)} · lr {row['lr']:.2e}",
             f"{row['tokens_per_second']:,.0f} tokens/s · {duration(left)} left · {memory_mb:,.0f} "
             "MB",
             progress,
@@ -205,9 +211,8 @@ class Reporter:
         """Print the result of a validation and pass it to the trackers."""
         self._to_loggers("validate", row)
         self.note(
-            f"validation at {count(row['tokens'])} tokens: loss {row['loss']:.4f}, bpb "
-            f"{row['bpb']:.4f}, "
-            f"accuracy {row['accuracy']:.2%}"
+            f"validation at {count(row['tokens'])} tokens: loss {row['loss']:.4f}"
+            f"{bits(row, ', bpb ', 4)}, accuracy {row['accuracy']:.2%}"
         )
         if sample:
             self.note(f"  sample: {sample!r}")

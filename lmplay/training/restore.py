@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .. import model as probe
+from ..adapt import Adaptation
 from ..api import ModelRunner
 from ..data.tokenizers import Tokenizer
 from ..discover import Experiment
@@ -142,7 +143,8 @@ def restore(run: RunFolder, found: Checkpoint, trust: bool = False) -> Restored:
     """
     content = run.read()
     tokenizer = run.tokenizer()
-    experiment = run.experiment(trust)
+    adaptation = Adaptation.of(content.get("plan") or {})
+    experiment = dataclasses.replace(run.experiment(trust), adaptation=adaptation)
     try:
         config = experiment.config_type(**content["identity"]["config"])
     except (TypeError, ValueError) as e:

@@ -18,10 +18,12 @@ import torch
 from pydantic import ValidationError
 
 from .. import __version__, recipe
+from ..adapt import Adaptation
 from ..api import Batch
+from ..classification.report import PREDICTIONS
 from ..data.counting import LARGEST_VOCABULARY, standing, table_losses
-from ..data.packing import mixtures
 from ..data.prepare import Prepared, prepare
+from ..data.stages import stages
 from ..devices import Precision, describe_device, pick_device, pick_precision
 from ..discover import Experiment, find, find_baseline, load, source_digest
 from ..errors import LmplayError, first_line
@@ -31,7 +33,7 @@ from ..plan import ModelSizes, Plan, find_plan, load_plan
 from ..pretrained.library import is_pretrained
 from ..pretrained.source import Pretrained
 from ..threads import Share
-from . import loggers, warm_start
+from . import loggers, stream, warm_start
 from .extend import Extended, find_shorter
 from .loop import Options, Start, Stopped, Trainer
 from .match import Match, Size, compare_sizes, match, measure
@@ -100,8 +102,13 @@ class Job:
         base = self.base_plan or self.plan
         plan = recipe.apply(base, experiment.recipe, f"variant {experiment.variant}:")
         plan = recipe.apply(plan, recipe.split(overrides)[1], "--set")
+        adaptation = Adaptation.of(plan.model_dump(include={"classify", "model"}))
         return replace(
-            self, experiment=experiment, overrides=dict(overrides), plan=plan, base_plan=base
+            self,
+            experiment=replace(experiment, adaptation=adaptation),
+            overrides=dict(overrides),
+            plan=plan,
+            base_plan=base,
         )
 
     @property
@@ -194,7 +201,7 @@ def sample_batch(job: Job, config: Any, prepared: Prepared) -> tuple[Batch, int]
     """
     batch_size = job.plan.batch.batch_size
     size = min(job.options.mini_batch_size or 1, MAX_MEASURED, batch_size)
-    arrays = mixtures(job.plan, prepared, config.max_len)[0].batch(0, size)
+    arrays = stages(job.plan, prepared, config.max_len)[0].batch(0, size)
     return to_batch(arrays, slice(None), job.device), math.ceil(batch_size / size)
 
 
@@ -416,8 +423,9 @@ class PreparedRun:
             Stopped: a signal asked for it. Everything is saved.
             LmplayError: the folder belongs to another run, or cannot be written.
         """
-        reporter = self.job.reporter
-        options = self.job.options
+        job = self.job
+        reporter = job.reporter
+        options = job.options
         folder = self.folder
         if options.log:
             loggers.check(options.log)
@@ -443,10 +451,20 @@ class PreparedRun:
                         f"{e}; saved at step {trainer.state.step}. The same command continues it."
                     )
                     raise
+            if job.plan.classify is not None:
+                found = trainer.classification()
+                summary |= found.summary
+                write_text(folder.path / PREDICTIONS, found.predictions.to_csv(index=False))
+                folder.update(classification=found.record)
+                reporter.note(found.sentence)
+            if trainer.windows is not None and job.plan.classify is not None:
+                rows = trainer.stream_log.rows()
+                labels = len(job.plan.classify.labels)
+                reporter.note(stream.sentence(rows, trainer.windows, labels))
             folder.update(summary=summary)
             if tables := folder.read().get("tables"):
                 reporter.note(standing(summary["val_loss"], tables["losses"]))
-            if bar := self.job.plan.validation.solved:
+            if bar := job.plan.validation.solved:
                 word = "solved" if summary["solved"] else "not solved"
                 reporter.note(
                     f"{word}: {summary['val_accuracy']:.1%} of the answers are right ({bar:.0%} "
@@ -610,10 +628,11 @@ class PreparedRun:
 
     def _count_tables(self) -> dict[str, Any]:
         """Return the losses of count tables for run.json; {} for a vocabulary beyond them, and for
-        a synthetic task, whose bar is another."""
+        synthetic tasks and classifications, whose bars are others."""
         vocab = self.prepared.tokenizer.vocab_size
         is_synthetic = self.job.plan.validation.solved is not None
-        if vocab > LARGEST_VOCABULARY or is_synthetic:
+        classifies = self.job.plan.classify is not None
+        if vocab > LARGEST_VOCABULARY or is_synthetic or classifies:
             return {}
         job = self.job
         with job.reporter:

@@ -466,7 +466,7 @@ def _comparison(both: Sequence[tuple[Result, Result]]) -> dict[str, Any]:
         "deviation_paired": paired,
         "deviation_unpaired": unpaired,
         "correlation": _finite(correlation(*ends)),
-        "gain_bpb": float(np.mean(bpb)),
+        "gain_bpb": _finite(float(np.mean(bpb))),
         "gain_bpb_interval": [_finite(end) for end in t_interval(bpb)],
         "tokens_ratio": ratio,
         "tokens_ratio_interval": [_finite(end) for end in t_interval(ratios)],
