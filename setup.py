@@ -101,7 +101,11 @@ setup(
     entry_points={
         "console_scripts": scripts,
         # The market is a plugin: it registers as a package of yours would.
-        "lmplay.sources": ["market = lmplay.market.source:MarketSource"],
+        "lmplay.sources": [
+            "market = lmplay.market.source:MarketSource",
+            "market_moves = lmplay.market.moves:MovesSource",
+        ],
+        "lmplay.optimizers": ["swats = lmplay.training.swats:SwatsSpec"],
         "lmplay.tokenizers": [
             "market = lmplay.market.messages:Messages",
             "hf = lmplay.pretrained.tokenizer:Hf",

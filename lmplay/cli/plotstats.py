@@ -218,10 +218,15 @@ def draw_all(
     """Draw every figure of one plan; return the files."""
     from dataclasses import replace
 
+    from ..analysis.classification_figures import draw_confusions, draw_windows
     from ..analysis.compare import METRICS, logged_metrics
     from ..analysis.figures import draw
 
     written = []
+    for name, draw_labels in (("confusion", draw_confusions), ("windows", draw_windows)):
+        path = folder / f"{name}.{suffix}"
+        if draw_labels(path, comparison, style.theme):
+            written.append(path)
     for metric in METRICS:
         for diff in (False, True):
             path = folder / f"log_{'diff_' if diff else ''}{metric}.{suffix}"

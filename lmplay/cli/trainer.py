@@ -115,6 +115,11 @@ def parser() -> argparse.ArgumentParser:
         help="do not train the parameters whose names match, such as '*_embed.*'; repeatable",
     )
     p.add_argument(
+        "--lora",
+        metavar="RANK",
+        help="train low-rank changes of the matrices only (short for --set model.lora=RANK)",
+    )
+    p.add_argument(
         "--train-only",
         action="append",
         default=[],
@@ -264,7 +269,8 @@ def train(args: argparse.Namespace, memory: str, console: Console) -> int:
     options["train_only"] = tuple(args.train_only)
     options["command"] = ("lmp_trainer", *sys.argv[1:])
     options["memory"] = memory
-    overrides = _args.parse_overrides(args.overrides)
+    lora = [] if args.lora is None else [f"model.lora={args.lora}"]
+    overrides = _args.parse_overrides([*args.overrides, *lora])
     if not any(getattr(args, mode) for mode in UNUSED):
         try:
             folder = python.train(

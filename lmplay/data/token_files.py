@@ -53,6 +53,7 @@ RECORD = np.dtype(
         ("label_tokens", np.int32),  # tokens behind the prompt, with the end of text
         ("label", np.int32),  # its number in the plan
         ("time", np.float64),  # seconds since 1970; NaN if it has none
+        ("known", np.float64),  # when the label was known
     ]
 )
 """What is kept of a labeled document."""
@@ -108,12 +109,16 @@ class SplitWriter:
         self.documents = 0
 
     def write(
-        self, ids: np.ndarray, counted: np.ndarray, labeled: tuple[int, int, float] | None = None
+        self,
+        ids: np.ndarray,
+        counted: np.ndarray,
+        labeled: tuple[int, int, float, float] | None = None,
     ) -> None:
         """Append one document: ids (n,) and whether each counts in the loss, (n,) bool.
 
         Args:
-            labeled: how many of the tokens are the prompt, the label's number, and the time.
+            labeled: how many of the tokens are the prompt, the label's number, the time, and when
+                the label was known.
         """
         if labeled is not None:
             self._write_record(len(ids), *labeled)
@@ -132,11 +137,12 @@ class SplitWriter:
         self.tokens += len(ids)
         self.documents += 1
 
-    def _write_record(self, size: int, prompt: int, label: int, time: float) -> None:
+    def _write_record(self, size: int, prompt: int, label: int, time: float, known: float) -> None:
         if self.records is None:
             self.records = open(self.records_path, "wb")  # noqa: SIM115
             self.file_digests[self.records_path.name] = hashlib.sha256()
-        record = np.array([(self.tokens, prompt, size - prompt, label, time)], RECORD).tobytes()
+        entry = (self.tokens, prompt, size - prompt, label, time, known)
+        record = np.array([entry], RECORD).tobytes()
         self.records.write(record)
         self.digest.update(record)
         self.file_digests[self.records_path.name].update(record)

@@ -18,13 +18,16 @@ class Window:
     """A stretch of time.
 
     start: seconds since 1970.
-    examples, held_out: numbers of its training and validation examples, (n,) each, in their order.
+    examples: numbers (n,) of its training examples, in their order.
+    known: those of them (m,) whose label was known when the window ended. Training is on them.
+    held_out: numbers of its validation examples.
     first_step: of the stage, with which training on it begins. steps: how many there are.
     replayed: sequences of each batch that are from earlier windows.
     """
 
     start: float
     examples: np.ndarray
+    known: np.ndarray
     held_out: np.ndarray
     first_step: int
     steps: int
@@ -34,7 +37,7 @@ class Window:
 class Windows:
     """The sequences of a stage that is a stream: those of one window after another.
 
-    Windows without training examples are left out.
+    Windows without examples to train on are left out.
     """
 
     def __init__(
@@ -54,6 +57,10 @@ class Windows:
         self.windows: list[Window] = []
         for n in np.unique(which):
             examples = np.flatnonzero(which == n)
+            end = (first + n + 1) * length
+            known = examples[train.records["known"][examples] < end]
+            if not len(known):
+                continue
             # Nothing is replayed in the first window.
             replayed = min(round(batch.replay * batch.batch_size), batch.batch_size - 1)
             replayed = replayed if self.windows else 0
@@ -62,9 +69,10 @@ class Windows:
                 Window(
                     float((first + n) * length),
                     examples,
+                    known,
                     np.flatnonzero(which_held == n),
                     self.steps(),
-                    math.ceil(stage.stream.epochs * len(examples) / new),
+                    math.ceil(stage.stream.epochs * len(known) / new),
                     replayed,
                 )
             )
@@ -91,15 +99,15 @@ class Windows:
         window = self.at(index)
         new = batch_size - window.replayed
         position = (index - window.first_step) * new + np.arange(new)
-        size = len(window.examples)
+        size = len(window.known)
         chosen = np.empty(new, np.int64)
         for epoch in np.unique(position // size):
             here = position // size == epoch
             key = seed_of_order(self.seed, self.number, window.start, int(epoch))
-            chosen[here] = window.examples[permute(position[here] % size, size, key).astype(int)]
+            chosen[here] = window.known[permute(position[here] % size, size, key).astype(int)]
         if window.replayed:
             earlier = np.concatenate(
-                [w.examples for w in self.windows if w.first_step < window.first_step]
+                [w.known for w in self.windows if w.first_step < window.first_step]
             )
             key = seed_of_order(self.seed, self.number, "replay", index)
             generator = np.random.default_rng(key)
@@ -109,7 +117,7 @@ class Windows:
 
     def label_frequencies(self, number: int, classes: int) -> np.ndarray:
         """Return the share of each label (C,) in the windows before window `number`."""
-        before = [w.examples for w in self.windows[:number]]
+        before = [w.known for w in self.windows[:number]]
         labels = self.train.records["label"][np.concatenate(before)] if before else []
         counts = np.bincount(np.asarray(labels, np.int64), minlength=classes) + 1
         return counts / counts.sum()

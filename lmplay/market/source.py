@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -28,10 +28,9 @@ if TYPE_CHECKING:
 CHUNK = 50_000  # messages encoded at a time
 
 
-class MarketSource(LocalSource):
-    """Events of a market. The last part of each session (validation.fraction) is held out."""
+class EventSource(LocalSource):
+    """Recorded or generated order events."""
 
-    source: Literal["market"] = "market"
     data: Literal["generator", "bitstamp", "lobster", "itch"]
     path: str | None = Field(
         None, description="lobster: a message file or a folder of them; itch: a file"
@@ -44,21 +43,18 @@ class MarketSource(LocalSource):
     errors: Literal["stop", "skip"] = Field("stop", description="what a wrong record does")
 
     @model_validator(mode="after")
-    def _path_fits(self) -> MarketSource:
+    def _path_fits(self) -> Self:
         if (self.path is None) == (self.data in ("lobster", "itch")):
             raise ValueError(
                 f"data {self.data} {'needs a path' if self.path is None else 'has no path'}"
             )
         return self
 
-    def check_plan(self, plan: Plan) -> None:
-        if not isinstance(plan.tokenizer, MarketTokenizer):
-            raise ValueError(
-                "market data sets and the market tokenizer go together, and with no others"
-            )
-
-    def sessions(self, tickers: tuple[str, ...]) -> list[Session]:
+    def sessions(self, tickers: tuple[str, ...] = ()) -> list[Session]:
         """Return the data's sessions.
+
+        Args:
+            tickers: those that a tokenizer has; (): any.
 
         Raises:
             LmplayError: a package or file is missing, or a ticker is not one of `tickers`.
@@ -67,7 +63,8 @@ class MarketSource(LocalSource):
         from . import bitstamp, itch, lobster, zero_intelligence
 
         if self.data == "generator":
-            found = [zero_intelligence.session(self.seed, self.seconds, ticker=tickers[0])]
+            ticker = tickers[0] if tickers else zero_intelligence.TICKER
+            found = [zero_intelligence.session(self.seed, self.seconds, ticker=ticker)]
         elif self.data == "bitstamp":
             found = [bitstamp.session()]
         elif self.data == "lobster":
@@ -75,7 +72,7 @@ class MarketSource(LocalSource):
         else:
             found = itch.sessions(Path(self.path or ""), tickers, self.tick)
         for session in found:
-            if session.ticker not in tickers:
+            if tickers and session.ticker not in tickers:
                 hint = did_you_mean(session.ticker, tickers)
                 raise LmplayError(
                     f"{session.name}: the tokenizer has no ticker {session.ticker}{hint}"
@@ -93,6 +90,18 @@ class MarketSource(LocalSource):
         found = [(str(p.resolve()), p.stat()) for p in files if p.is_file()]
         stats = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found]
         return [self.model_dump(mode="json", exclude={"path"}), stats]
+
+
+class MarketSource(EventSource):
+    """Events of a market. The last part of each session (validation.fraction) is held out."""
+
+    source: Literal["market"] = "market"
+
+    def check_plan(self, plan: Plan) -> None:
+        if not isinstance(plan.tokenizer, MarketTokenizer):
+            raise ValueError(
+                "market data sets and the market tokenizer go together, and with no others"
+            )
 
     def tokens(self, name: str, tokenizer: Tokenizer, plan: Plan, progress: Progress) -> Tokens:
         """Return the sessions' messages as tokens, from the cache or prepared now.

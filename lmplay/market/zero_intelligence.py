@@ -25,6 +25,7 @@ CST_LIMIT = (1.85, 1.51, 1.09, 0.88, 0.77, *(1.92 / i**0.52 for i in range(6, 21
 CST_CANCEL = (0.71, 0.81, 0.68, 0.56, 0.47, 0.47, 0.37, 0.30, 0.26, 0.19)
 CST_MARKET = 0.94
 
+TICKER = "ZI"
 OPEN = 34_200 * 10**9
 CLOSE = 57_600 * 10**9
 PRICE = 10_000  # ticks, where the embedded market opens
@@ -73,7 +74,7 @@ class Realism:
 
 
 def session(
-    seed: int, seconds: float, realism: Realism | None = None, ticker: str = "ZI"
+    seed: int, seconds: float, realism: Realism | None = None, ticker: str = TICKER
 ) -> Session:
     """Return the built-in generator's market from 9:30. Fewer seconds give the start of the same
     market."""
