@@ -105,7 +105,6 @@ setup(
             "market = lmplay.market.source:MarketSource",
             "market_moves = lmplay.market.moves:MovesSource",
         ],
-        "lmplay.optimizers": ["swats = lmplay.training.swats:SwatsSpec"],
         "lmplay.tokenizers": [
             "market = lmplay.market.messages:Messages",
             "hf = lmplay.pretrained.tokenizer:Hf",

@@ -89,6 +89,7 @@ class _LabelHead(ModelRunner):
         """Fold the model as if it had a head for the vocabulary, which a fold may copy."""
         with torch.device("meta"):
             vocabulary: Any = super().build().head
+        vocabulary = vocabulary.to_empty(device=next(model.parameters()).device)
         shell = copy.copy(model)
         shell._modules = {**model._modules, "head": vocabulary}
         folded = super().fold(shell)

@@ -244,7 +244,8 @@ class Plan(Strict):
                     )
         for name in self.used_datasets:
             self.datasets[name].check_plan(self)
-        self._classification_fits()
+        self.check_stream()
+        self._labels_fit()
         self.tokenizer.check_plan(self)
         known = [f"{part}.{key}" for part in RECIPE_PARTS for key in keys_at(Plan, [part])]
         for context, settings in self.contexts.items():
@@ -259,8 +260,8 @@ class Plan(Strict):
             raise ValueError("two steps have the same step_name")
         return self
 
-    def _classification_fits(self) -> None:
-        """Raise ValueError if parts of a plan for labeled examples do not go together."""
+    def check_stream(self) -> None:
+        """Raise ValueError if the parts of a plan that are about a stream do not go together."""
         is_stream = [stage.stream is not None for stage in self.steps]
         if self.classify is None and (any(is_stream) or self.validation.split == "time"):
             what = "a stream" if any(is_stream) else "validation.split time"
@@ -273,6 +274,8 @@ class Plan(Strict):
         ):
             if is_set and not any(is_stream):
                 raise ValueError(f"{key} is for a stream, and no step of the plan is one")
+
+    def _labels_fit(self) -> None:
         for name in self.used_datasets:
             if self.classify is not None and not self.datasets[name].has_labels:
                 raise ValueError(
@@ -385,6 +388,7 @@ LATER_KEYS: dict[str, dict[str, Any]] = {
     "validation": {"solved": None, "split": "content"},
     "schedule": {"per": "stage"},
     "batch": {"replay": 0.0},
+    "optimizer": {"tolerance": 0.01},
 }
 """Keys that plans had not from the beginning. At their defaults they change no fingerprint."""
 
@@ -392,7 +396,7 @@ LATER_KEYS: dict[str, dict[str, Any]] = {
 def _drop(content: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Remove keys that have these values."""
     for key, default in defaults.items():
-        if content[key] == default:
+        if key in content and content[key] == default:  # a plugin's optimizer has other keys
             del content[key]
 
 

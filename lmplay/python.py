@@ -195,6 +195,7 @@ def stream(
     from .decoding import TextStream
     from .decoding import generate as decode
 
+    restored.check_writes_text(restored.name)
     tokenizer = restored.tokenizer
     texts = [TextStream(tokenizer) for _ in range(num_samples)]
     ended = [False] * num_samples

@@ -19,7 +19,16 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import LmplayError, did_you_mean
-from .plan import AnyOptimizer, BatchSpec, ModelSizes, Plan, Schedule, keys_at
+from .plan import (
+    TORCH_OPTIMIZERS,
+    AnyOptimizer,
+    BatchSpec,
+    ModelSizes,
+    Plan,
+    Schedule,
+    keys_at,
+)
+from .training.optimizer_specs import optimizers
 
 PARTS: dict[str, Any] = {
     "model": ModelSizes,
@@ -83,6 +92,10 @@ def apply(plan: Plan, settings: Mapping[str, Any], where: str) -> Plan:
                         f"own {own}; copy the plan to change it"
                     )
         plan = plan.model_copy(update={part: _changed(plan, part, values, where)})
+    try:
+        plan.check_stream()
+    except ValueError as e:
+        raise LmplayError(f"{where}: {e}") from e
     return plan
 
 
@@ -111,7 +124,9 @@ def _changed(plan: Plan, part: str, values: dict[str, Any], where: str) -> Any:
         return TypeAdapter(PARTS[part]).validate_python({**before, **values})
     except ValidationError as e:
         error = e.errors()[0]
-        name = str(error["loc"][-1]) if error["loc"] else next(iter(values))
+        tags = (TORCH_OPTIMIZERS, *optimizers())  # of the union of optimizers, which are no keys
+        keys = [part for part in error["loc"] if part not in tags]
+        name = str(keys[-1]) if keys else next(iter(values))
         if error["type"] == "extra_forbidden":
             known = every_key()
             raise LmplayError(

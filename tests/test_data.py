@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import write_plan, write_text
 
-from lmplay.data import columns, packing, token_files
+from lmplay.data import columns, packing, stages, token_files
 from lmplay.data.columns import Columns
 from lmplay.data.prepare import prepare
 from lmplay.data.sources import FilesSource
@@ -46,11 +46,14 @@ def tokens(name: str, n: int, mask: np.ndarray | None = None) -> token_files.Tok
     )
 
 
-def mixture(*sizes: int, **step: Any) -> packing.Mixture:
+def mixture(*sizes: int, **step: Any) -> stages.Mixture:
     """Data sets of so many sequences of 4 tokens."""
     names = [f"d{i}" for i in range(len(sizes))]
-    sets = [tokens(name, 4 * size + 1) for name, size in zip(names, sizes, strict=True)]
-    return packing.Mixture(PlanStage(step_name="s", datasets=names, **step), 0, sets, 4, seed=3)
+    sets = [
+        packing.Packed(tokens(name, 4 * size + 1), "train", 4)
+        for name, size in zip(names, sizes, strict=True)
+    ]
+    return stages.Mixture(PlanStage(step_name="s", datasets=names, **step), 0, sets, seed=3)
 
 
 def test_an_epoch_reads_every_sequence_once_and_the_next_in_another_order() -> None:

@@ -17,7 +17,7 @@ from lmplay.training.muon import Muon32, orthogonalized
 from lmplay.training.optimizer_specs import Optimizer
 from lmplay.training.optimizers import Optimizers, RowAdagrad, check_groups, lr_multiplier
 
-NAMES = ["adagrad", "adamw", "adam", "sgd", "rmsprop", "muon"]
+NAMES = ["adagrad", "adamw", "adam", "sgd", "rmsprop", "muon", "swats"]
 
 
 def test_schedules() -> None:

@@ -22,6 +22,7 @@ VALUES: dict[str, str] = {  # another value than the plan's, for each key of a r
     "model.num_kv_heads": "1",
     "model.dropout": "0.2",
     "model.init": "torch",
+    "model.lora": "2",
     "optimizer.name": "adam",
     "optimizer.lr": "0.004",
     "optimizer.weight_decay": "0.3",
@@ -30,12 +31,27 @@ VALUES: dict[str, str] = {  # another value than the plan's, for each key of a r
     "optimizer.eps": "1e-6",
     "optimizer.other_lr": "0.005",
     "optimizer.lazy": "true",
+    "optimizer.tolerance": "0.5",
     "schedule.name": "wsd",
     "schedule.warmup": "0.3",
     "schedule.floor": "0.5",
     "schedule.decay": "0.5",
+    "schedule.per": "window",
     "batch.batch_size": "4",
     "batch.grad_clip": "0.5",
+    "batch.replay": "0.5",
+}
+OF_A_STREAM = ("schedule.per", "batch.replay")
+STREAM: dict[str, Any] = {
+    "datasets": {
+        "words": {
+            "source": "files",
+            "path": "data.jsonl",
+            "columns": {"prompt": "text", "label": "title", "time": "text"},
+        }
+    },
+    "classify": {"labels": ["a", "b"]},
+    "steps": [{"step_name": "words", "datasets": ["words"], "stream": {"window": "5m"}}],
 }
 TRAIN = ("lmp_trainer", "--training-plan", "tiny.json", "--mini-batch-size", "4")
 
@@ -54,7 +70,7 @@ def test_every_key_is_here() -> None:
 
 @pytest.mark.parametrize("key", VALUES)
 def test_a_setting_changes_its_key_and_not_the_arena(tmp_path: Path, key: str) -> None:
-    plan = tiny(tmp_path, steps=tokens_budget())
+    plan = tiny(tmp_path, **(STREAM if key in OF_A_STREAM else {"steps": tokens_budget()}))
     changed = recipe.apply(plan, {key: VALUES[key]}, "--set")
     part, _, name = key.partition(".")
     found = getattr(getattr(changed, part), name)
@@ -95,6 +111,12 @@ def test_another_optimizer_starts_from_its_own_defaults(tmp_path: Path) -> None:
     assert other.optimizer.lr == 0.02
     assert other.optimizer.weight_decay == 0
     assert getattr(other.optimizer, "other_lr") == 0.5  # noqa: B009 (not of every optimizer)
+
+
+@pytest.mark.parametrize("key", OF_A_STREAM)
+def test_what_is_for_a_stream_needs_one(tmp_path: Path, key: str) -> None:
+    with pytest.raises(LmplayError, match="is for a stream, and no step of the plan is one"):
+        recipe.apply(tiny(tmp_path), {key: VALUES[key]}, "--set")
 
 
 @pytest.mark.parametrize("text", ["0.004", ".004", "4e-3", "4E-03"])

@@ -90,6 +90,7 @@ def command(args: argparse.Namespace) -> int:
     results: dict[str, list[TaskResult]] = {name: [] for name in tasks}
     for model in args.model:
         loaded = python.load(model, args.out, args.device, args.trust)
+        loaded.check_writes_text(f"--model {model}")
         warn_if_trained_on(loaded.name, names, console)
         for name, task in tasks.items():
             key = work.key_of(loaded, task, args.limit)

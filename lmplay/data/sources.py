@@ -1,4 +1,7 @@
-"""Data sources: the Hugging Face hub, local files, bundled text, Python code, token files."""
+"""Data sources: the Hugging Face hub, local files, bundled text, Python code, token files.
+
+One module, because each is short and the list at its end names them all.
+"""
 
 from __future__ import annotations
 

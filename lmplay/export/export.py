@@ -55,6 +55,7 @@ def export(
         LmplayError: the format cannot hold the model or the tokenizer, the validation text is
             missing, or the written model differs from the trained one. Then nothing is written.
     """
+    restored.check_writes_text(f"--format {kind}")
     path = restored.run.path.resolve()
     out = out or path.with_name(path.name + SUFFIXES[kind])
     if out.exists():

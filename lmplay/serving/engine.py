@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..classification.predict import with_head
+from ..data.examples import BETWEEN
 from ..decoding import Sampling, TextStream, choose
 from ..errors import LmplayError, did_you_mean
 from ..training.restore import LoadedModel
@@ -103,8 +105,9 @@ class Answer:
     Attributes:
         text: what was generated so far, without an incomplete character.
         piece: what the last step added to it.
-        reason: why it ended: "stop", "length", or "error" with the message as text; "" while it
-            goes on.
+        reason: why it ended: "stop", "length", "label", or "error" with the message as text; ""
+            while it goes on.
+        probabilities: of each label, from a model that tells labels.
     """
 
     request: Request
@@ -120,6 +123,7 @@ class Answer:
     piece: str = ""
     reason: str = ""
     held: str = field(default="", repr=False)  # may be the beginning of a stop text
+    probabilities: dict[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -138,6 +142,9 @@ class Engine:
         self.slots = slots
         self.active: dict[int, Answer] = {}
         self.rows: Rows
+        self.not_batched = ""
+        if loaded.labels:
+            return
         with self.runner.fixed_weights(self.model):
             vocab_size = loaded.config.vocab_size
             self.rows, self.not_batched = make_rows(
@@ -154,7 +161,11 @@ class Engine:
         Raises:
             LmplayError: the prompt is too long.
         """
-        ids = self.loaded.tokenizer.encode_prompt(request.prompt)
+        tokenizer = self.loaded.tokenizer
+        if self.loaded.labels:  # as in training
+            ids = tokenizer.encode(request.prompt + BETWEEN)
+        else:
+            ids = tokenizer.encode_prompt(request.prompt)
         if len(ids) > self.max_prompt:
             raise LmplayError(
                 f"prompt: it has {len(ids)} tokens, and {self.max_prompt} are the limit"
@@ -178,6 +189,10 @@ class Engine:
             ids,
             self._seen(ids),
         )
+        if self.loaded.labels:
+            self._classify(answer)
+            self.active[slot] = answer
+            return answer
         with self.runner.fixed_weights(self.model):
             unread = ids[-self.window :]
             logits = self.rows.join(slot, unread)
@@ -185,6 +200,13 @@ class Engine:
         self.active[slot] = answer
         self._take(answer, logits)
         return answer
+
+    def _classify(self, answer: Answer) -> None:
+        """Answer with the most likely label."""
+        (row,) = with_head(self.runner, self.model, [answer.context[-self.window :]])
+        answer.probabilities = dict(zip(self.loaded.labels, row.tolist(), strict=True))
+        answer.text = answer.piece = self.loaded.labels[int(row.argmax())]
+        answer.reason = "label"
 
     def _seen(self, ids: list[int]) -> torch.Tensor:
         device = next(self.model.parameters()).device
@@ -198,6 +220,8 @@ class Engine:
         Those that have ended are freed at once.
         """
         self.release()
+        if not self.active:
+            return []
         tokens: dict[int, int] = {}
         logits: dict[int, torch.Tensor] = {}
         with self.runner.fixed_weights(self.model):

@@ -179,7 +179,13 @@ def make_app(engine: Engine, name: str, max_queue: int = 100) -> Starlette:
         read = sum(answer.prompt_tokens for answer in answers)
         usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
         choices = [
-            {"index": i, "text": a.text, "finish_reason": a.reason, "logprobs": None}
+            {
+                "index": i,
+                "text": a.text,
+                "finish_reason": a.reason,
+                "logprobs": None,
+                **({"probabilities": a.probabilities} if a.probabilities else {}),
+            }
             for i, a in enumerate(answers)
         ]
         return JSONResponse({**base, "choices": choices, "usage": usage})

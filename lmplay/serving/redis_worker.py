@@ -236,13 +236,15 @@ class Worker:
             if answer.reason == "error":
                 self._refuse(job, answer.text)
                 continue
-            result = {
+            result: dict[str, Any] = {
                 "type": "done",
                 "text": answer.text,
                 "reason": answer.reason,
                 "tokens": answer.tokens,
                 "prompt_tokens": answer.prompt_tokens,
             }
+            if answer.probabilities:
+                result["probabilities"] = answer.probabilities
             self.answered += self._send(job, result)
         self.jobs = left
         self.engine.release()

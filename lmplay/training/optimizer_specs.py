@@ -48,22 +48,26 @@ class OptimizerSpec(Strict):
         return self.model_copy(update={rate: getattr(other, rate) for rate in self.rates})
 
 
-DEFAULTS: dict[str, dict[str, float]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     # Muon's steps have the size of its rate, so that its rates are those of no other optimizer.
     "muon": {"lr": 0.02, "other_lr": 0.01},
+    "swats": {"lr": 0.001, "betas": (0.9, 0.999)},  # the paper's
 }
 
 
 class Optimizer(OptimizerSpec):
-    """The optimizers that come with torch."""
+    """The optimizers that come with torch, and swats: Adam, then SGD."""
 
     rates: ClassVar[tuple[str, ...]] = ("lr", "other_lr")
 
-    name: Literal["adagrad", "adamw", "adam", "sgd", "rmsprop", "muon"] = "adagrad"
+    name: Literal["adagrad", "adamw", "adam", "sgd", "rmsprop", "muon", "swats"] = "adagrad"
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and muon")
     eps: float | None = Field(None, gt=0)
     other_lr: float = Field(3e-4, gt=0, description="muon: AdamW's rate for all but the matrices")
+    tolerance: float = Field(
+        0.01, gt=0, description="swats: relative distance of SGD's rate to its mean that ends Adam"
+    )
     lazy: bool = Field(
         False, description="update looked-up rows only, even if that differs from a dense update"
     )

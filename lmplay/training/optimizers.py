@@ -17,6 +17,7 @@ from ..errors import LmplayError
 from ..plan import Schedule
 from .muon import Muon32
 from .optimizer_specs import Optimizer, OptimizerSpec
+from .swats import Swats
 
 MakeOptimizer = Callable[[list[dict[str, Any]], OptimizerSpec], torch.optim.Optimizer | None]
 
@@ -367,6 +368,8 @@ def _make(spec: Optimizer, groups: list[dict[str, Any]], muon: bool) -> torch.op
             return torch.optim.SGD(groups, momentum=spec.momentum, fused=fused)
         case "rmsprop":
             return torch.optim.RMSprop(groups, eps=spec.eps or 1e-8)
+        case "swats":
+            return Swats(groups, spec.lr, spec.betas, spec.eps or 1e-9, spec.tolerance)
         case "adam":
             return torch.optim.Adam(groups, betas=spec.betas, eps=spec.eps or 1e-8, fused=fused)
         case _:  # adamw, and what Muon does not train

@@ -38,6 +38,21 @@ class LoadedModel:
     tokenizer: Tokenizer
     folded: bool
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the model tells instead of text; () for a language model."""
+        adaptation = self.experiment.adaptation
+        return () if adaptation is None else adaptation.labels
+
+    def check_writes_text(self, what: str) -> None:
+        """Raise LmplayError, which begins with `what`, if the model tells labels."""
+        if self.labels:
+            names = ", ".join(self.labels)
+            raise LmplayError(
+                f"{what}: this model tells labels ({names}) and writes no text; lmp_serve answers "
+                "with them"
+            )
+
 
 @dataclass(frozen=True)
 class Restored(LoadedModel):

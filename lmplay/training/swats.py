@@ -4,31 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
-
-from .optimizer_specs import Beta, OptimizerSpec
-
-
-class SwatsSpec(OptimizerSpec):
-    """Adam switched to SGD with momentum (Keskar and Socher 2017, arXiv 1712.07628, algorithm 1).
-
-    Weight decay is added to the gradient, as in the paper.
-    """
-
-    name: Literal["swats"] = "swats"
-    lr: float = Field(1e-3, gt=0, description="Adam's; SGD's is found")
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(1e-9, gt=0)
-    tolerance: float = Field(
-        0.01, gt=0, description="relative distance of SGD's rate to its mean that ends Adam"
-    )
-
-    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return Swats(groups, self.lr, self.betas, self.eps, self.tolerance)
 
 
 class Swats(torch.optim.Optimizer):
@@ -38,7 +17,8 @@ class Swats(torch.optim.Optimizer):
         mean = beta2 mean + (1 - beta2) gamma           debiased by 1 / (1 - beta2^k)
         |mean - gamma| < tolerance mean:  from now on v = beta1 v + g;  w -= (1 - beta1) mean v
 
-    The paper's tolerance is 1e-9 absolute, which a gradient's noise does not meet in a short run.
+    The paper is Keskar and Socher 2017. Weight decay is added to the gradient, as there. Its
+    tolerance is 1e-9 absolute, which a gradient's noise does not meet in a short run.
     The learning rate's schedule multiplies SGD's rate as well.
     """
 
