@@ -578,3 +578,21 @@ def test_a_server_answers_with_labels(command: Command, tmp_path: Path) -> None:
     (choice,) = done["choices"]
     assert choice["finish_reason"] == "label"
     assert sum(choice["probabilities"].values()) == pytest.approx(1)
+
+
+def test_a_trial_judges_streams_and_changes_their_length_for_no_arm(
+    command: Command, tmp_path: Path
+) -> None:
+    plan = write_plan(tmp_path, steps=STREAM)
+    arms = ("--exp", "gpt2ish", "--arm", "gpt2ish batch.replay=0.5", "--max-seeds", "2")
+    done = command("lmp_trial", *arms, "--training-plan", str(plan), "--lr", "fixed")
+    assert done.returncode == 0, done.stderr
+    assert "UNDECIDED" in done.stdout
+    runs = sorted((tmp_path / "gpt_out").glob("trial-moods-*/moods/*"))
+    runs = runs or sorted(p.parent for p in (tmp_path / "gpt_out").glob("trial-*/**/windows.csv"))
+    assert len(runs) == 4
+    for run in runs:
+        loss, _, count = progressive(pd.read_csv(run / "windows.csv"))
+        assert read_json(run / "run.json")["summary"]["val_loss"] == pytest.approx(loss / count)
+    done = command("lmp_trial", *arms, "--training-plan", str(plan), "--budget", "flops")
+    one_line(done, "a stream ends with its data")

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import recipe
 from ..data.prepare import prepare
+from ..data.stages import stages
 from ..devices import pick_device, pick_precision
 from ..discover import Experiment, find, find_baseline, load, source_digest
 from ..errors import LmplayError, did_you_mean
@@ -170,7 +171,14 @@ def resolve(
                 f"--controls: {arm.label} is matched with its own baseline, {own}, not "
                 f"{against.label}"
             )
-    if any("batch.batch_size" in arm.settings | arm.experiment.recipe for arm in ideas):
+    is_stream = plan.steps[0].stream is not None
+    if is_stream and (design.budget != "tokens" or {"flops", "seconds"} & set(design.controls)):
+        raise LmplayError(
+            f"{path}: a stream ends with its data, so no arm can get more or less of it: no "
+            "--budget, and of --controls only params"
+        )
+    changes_batch = any("batch.batch_size" in arm.settings | arm.experiment.recipe for arm in ideas)
+    if changes_batch and not is_stream:
         plan = plan.with_budget(tokens, None, None)  # as many steps would be other tokens
     plan, last = with_end_point(plan, tokens)
     shared = job_for(design, against.experiment, path.stem, plan, out, command, memory)
@@ -223,6 +231,8 @@ def tokens_of(plan: Plan, who: str, remedy: str = "") -> int:
         LmplayError: the plan has several stages, or its budget is in minutes or epochs.
     """
     stage = plan.steps[0]
+    if stage.stream is not None:
+        return tokens_of_stream(plan)
     per_step = plan.batch.batch_size * (plan.model.max_len or 0)
     tokens = stage.tokens or (stage.steps or 0) * per_step
     if len(plan.steps) > 1 or stage.minutes or not tokens:
@@ -306,13 +316,28 @@ def _is_same(one: Job, other: Job) -> bool:
     return own[0] == own[1] and one.plan.fingerprint == other.plan.fingerprint
 
 
+def tokens_of_stream(plan: Plan) -> int:
+    """Return the tokens that a run of a plan reads whose one stage is a stream.
+
+    Raises:
+        LmplayError: its data cannot be prepared, or the plan sets no max_len.
+    """
+    length = plan.model.max_len
+    if not length or len(plan.steps) > 1:
+        raise LmplayError("a trial on a stream needs a plan of one stage that sets model.max_len")
+    (windows,) = stages(plan, prepare(plan, lambda what, done: None), length)
+    return int(windows.steps(plan.batch.batch_size, length)) * plan.batch.batch_size * length
+
+
 def with_end_point(plan: Plan, tokens: int) -> tuple[Plan, int]:
     """Return the plan, and of how many last validations the end point is the mean.
 
-    Where the learning rate comes down, the last validation says it all. Where it does not, the loss
-    still jumps: the end point is a mean over three, of at least 20 in `tokens`, so that they are
-    near the end.
+    Where the learning rate comes down, and in a stream, the last validation says it all. Elsewhere
+    the loss still jumps: the end point is a mean over three, of at least 20 in `tokens`, so that
+    they are near the end.
     """
+    if plan.steps[0].stream is not None:  # the last one is the mean over all windows
+        return plan, 1
     schedule = plan.schedule_of(plan.steps[0])
     if schedule.name in ("cosine", "wsd", "one_cycle") and schedule.floor <= LOW:
         return plan, 1
