@@ -29,6 +29,7 @@ DOCS_OF_TEXT = (
     "docs/studies.md",
     "docs/pretrained.md",
     "docs/evaluation.md",
+    "docs/classification.md",
 )
 DOCS = (*DOCS_OF_TEXT, "docs/market.md")
 NOT_RUN = {  # by a test of commands; `make demo` and `make test` are what CI runs

@@ -199,7 +199,7 @@ def scaled(plan: Plan, unit: Unit, tokens: int) -> Plan:
         "optimizer": stage.optimizer.scaled(multiplier) if stage.optimizer else None,
         "lr": stage.lr * multiplier if stage.lr else None,
     }
-    if unit.share != 1:
+    if unit.share != 1 and stage.stream is None:  # a stream ends with its data
         budget = round(tokens * unit.share)
         changes |= {"tokens": budget, "steps": None, "epochs": None}
         every = {"every_tokens": max(1, round(plan.validation.every_tokens * unit.share))}
