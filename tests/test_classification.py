@@ -596,3 +596,18 @@ def test_a_trial_judges_streams_and_changes_their_length_for_no_arm(
         assert read_json(run / "run.json")["summary"]["val_loss"] == pytest.approx(loss / count)
     done = command("lmp_trial", *arms, "--training-plan", str(plan), "--budget", "flops")
     one_line(done, "a stream ends with its data")
+
+
+def test_sizes_are_those_with_the_head_for_labels(command: Command, tmp_path: Path) -> None:
+    plan = write_plan(tmp_path)
+    described = command(
+        "lmp_trainer", "--exp", "value_norm", "--training-plan", str(plan), "--describe"
+    )
+    assert described.returncode == 0, described.stderr
+    done = command("lmp_trainer", "--exp", "value_norm", "--training-plan", str(plan))
+    assert done.returncode == 0, done.stderr
+    (line,) = [x for x in done.stdout.splitlines() if x.startswith("parameters: ")]
+    assert f"{line} " in described.stdout
+    control = ("--match", "flops", "--mini-batch-size", "8")
+    done = command("lmp_trainer", "--exp", "value_norm", "--training-plan", str(plan), *control)
+    assert done.returncode == 0, done.stderr

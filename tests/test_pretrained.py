@@ -405,3 +405,23 @@ def test_a_trial_on_a_plan_with_an_initial_model_starts_from_it(
         assert record["initial_model"].endswith("theirs")
         assert record["identity"]["config"]["embed_dim"] == 32
         assert record["identity"]["config"]["gelu"] == "tanh"
+
+
+def test_a_study_on_a_plan_with_an_initial_model_starts_from_it(
+    command: Command, tmp_path: Path
+) -> None:
+    save(tmp_path / "theirs", "gpt2")
+    write_plan(tmp_path, initial_model="hf:theirs")
+    study = {
+        "arms": ["gpt2ish"],
+        "training_plans": ["tiny.json"],
+        "settings": {"optimizer.lr": [0.001, 0.002]},
+    }
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    done = command("lmp_study", "study.json")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(p.read_text()) for p in (tmp_path / "gpt_out").glob("**/run.json")]
+    assert len(records) == 2
+    for record in records:
+        assert record["initial_model"].endswith("theirs")
+        assert record["identity"]["config"]["embed_dim"] == 32

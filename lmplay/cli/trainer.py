@@ -321,9 +321,8 @@ def describe(job: Job, plan: Path, console: Console) -> None:
 
     import torch
 
-    from ..api import Batch
     from ..data.prepare import vocab_size
-    from ..training.match import measure
+    from ..training.match import measure, random_batch
     from ..training.progress import count
     from ..training.run import sized_config
 
@@ -342,9 +341,7 @@ def describe(job: Job, plan: Path, console: Console) -> None:
         note = "" if value == field.default else f"   (default {field.default})"
         print(f"  {field.name} = {value}{note}")
     length = config.max_len
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)
-    size = measure(runner, Batch(ids, ids))
+    size = measure(runner, random_batch(experiment, config))
     print(f"\nparameters: {size.parameters} ({count(size.parameters)})")
     print(f"training_only_parameters: {size.training_only} ({count(size.training_only)})")
     print(f"folded_parameters: {size.folded} ({count(size.folded)})")

@@ -71,6 +71,14 @@ def measure(runner: ModelRunner, batch: Batch, passes: int = 1) -> Size:
     )
 
 
+def random_batch(experiment: Experiment, config: Any) -> Batch:
+    """Return a sequence of random tokens to measure a model's cost with."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, config.max_len), generator=generator)
+    labels = experiment.adaptation.labels if experiment.adaptation else ()
+    return Batch(ids, ids % len(labels) if labels else ids)
+
+
 def compare_sizes(own: Size, base: Size, name: str) -> str:
     """Return a line that compares an experiment's size with its baseline's."""
     parts = [
@@ -105,9 +113,9 @@ def match(
         if what == "params":
             with torch.device("meta"):
                 return float(parameter_counts(runner, runner.build())[0])
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(config.vocab_size, (1, config.max_len), generator=generator).to(device)
-        return count_flops(runner, build_model(runner, 0).to(device), Batch(ids, ids))
+        batch = random_batch(baseline, config)
+        model = build_model(runner, 0).to(device)
+        return count_flops(runner, model, Batch(batch.ids.to(device), batch.targets.to(device)))
 
     found = []
     for field, unit in (("embed_dim", getattr(config, "num_heads", 1)), ("num_blocks", 1)):
