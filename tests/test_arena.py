@@ -202,7 +202,9 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[Unit]:
     """Runs take no time; the list holds those that were made."""
     made: list[Unit] = []
 
-    def run_unit(unit: Unit, fixed: FixedDesign, jobs: dict[str, Any]) -> Result:
+    def run_unit(
+        unit: Unit, fixed: FixedDesign, jobs: dict[str, Any], until: float | None
+    ) -> Result:
         made.append(unit)
         known = {"half_attention": 0.1, "no_position": 0.1, "random_tokens": 0.1}
         # Wider is better, and a decay of the plan's is best.

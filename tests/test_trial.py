@@ -20,6 +20,7 @@ import pytest
 from conftest import Command, one_line, write_plan
 from scipy import stats
 
+from lmplay.cli.trial import exit_status
 from lmplay.errors import LmplayError
 from lmplay.training.run_folder import RunFolder
 from lmplay.trial import queue, work
@@ -523,3 +524,67 @@ def test_what_a_user_can_mend_is_one_line(
     assert result.returncode == 1
     assert says in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# ---------------------------------------------------------------- for scripts
+
+
+def test_the_exit_status_is_the_verdicts() -> None:
+    def of(*reports: dict[str, str]) -> int:
+        return exit_status([{"arms": {a: {"word": w} for a, w in r.items()}} for r in reports])
+
+    words = {REAL: 0, HARMFUL: 10, WITHIN_NOISE: 11, UNDECIDED: 12}
+    for word, status in words.items():
+        assert of({"a": word}) == of({"a": word}, {"a": word}) == status
+    assert of({"a": REAL}, {"a": HARMFUL}) == 12, "its contexts do not agree"
+    assert of({"a": HARMFUL, "b": REAL}) == 0, "of several ideas the best"
+    assert of({"a": HARMFUL, "b": UNDECIDED}) == 12
+    assert of({"a": HARMFUL, "b": WITHIN_NOISE}) == 11
+
+
+def test_a_trial_stops_when_its_time_is_up_and_goes_on(command: Command, tmp_path: Path) -> None:
+    tiny_plan(tmp_path)
+    done = command("lmp_trial", *TRIAL, "--max-hours", "1e-9", "--exit-code")
+    assert done.returncode == 12, done.stderr
+    assert "--max-hours: the time is up, and 8 runs are missing" in done.stdout
+    assert "runs: 0" in done.stdout
+    done = command("lmp_trial", *TRIAL, "--max-hours", "1", "--exit-code")
+    assert done.returncode == 12, "four pairs are too few for a verdict"
+    assert "missing" not in done.stdout
+    assert "runs: 8" in done.stdout
+
+
+def test_a_run_is_stopped_and_kept_when_the_time_is_up(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run's length is unknown: it begins, and a checkpoint is all that it leaves."""
+    steps = [{"step_name": "words", "datasets": ["words"], "steps": 100_000}]
+    write_plan(
+        tmp_path,
+        steps=steps,
+        model={"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "max_len": 32},
+    )
+    began = time.monotonic()
+    done = command("lmp_trial", *TRIAL, "--max-hours", "0.002")
+    assert done.returncode == 0, done.stderr
+    assert "--max-hours: the time is up" in done.stdout
+    assert time.monotonic() - began < 60
+    (run,) = (tmp_path / "gpt_out").glob("trial-*/*/run.json")
+    assert any((run.parent / "checkpoints").iterdir())
+    assert "summary" not in json.loads(run.read_text())
+
+
+@pytest.mark.parametrize("name", ["lmp_arena", "lmp_study"])
+def test_other_shared_work_stops_as_well(name: str, command: Command, tmp_path: Path) -> None:
+    steps = [{"step_name": "words", "datasets": ["words"], "tokens": 4096}]
+    write_plan(tmp_path, steps=steps)
+    study = {
+        "arms": ["gpt2ish"],
+        "training_plans": ["tiny.json"],
+        "settings": {"optimizer.lr": [0.001, 0.002]},
+    }
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    what = "study.json" if name == "lmp_study" else "tiny.json"
+    done = command(name, what, "--max-hours", "1e-9")
+    assert done.returncode == 0, done.stderr
+    assert "--max-hours: the time is up" in done.stdout

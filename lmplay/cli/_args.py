@@ -99,6 +99,12 @@ def add_work(p: argparse.ArgumentParser) -> None:
         help="sequences in a forward pass (4)",
         default=4,
     )
+    p.add_argument(
+        "--max-hours",
+        type=positive_float,
+        metavar="HOURS",
+        help="stop after them and say what is missing; the same command continues",
+    )
     add_device(p)
     add_threads(p, "of each worker: OMP_NUM_THREADS, or all cores among the workers")
     add_amp(p)

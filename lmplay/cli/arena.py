@@ -72,6 +72,7 @@ def command(args: argparse.Namespace) -> int:
         threads=args.threads,
         log=log,
         command=("lmp_arena", *sys.argv[1:]),
+        max_hours=args.max_hours,
     )
     try:
         certificate = measurement.write() if args.status else measurement.run()

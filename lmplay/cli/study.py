@@ -68,6 +68,7 @@ def command(args: argparse.Namespace) -> int:
         create=not args.status,
         log=log,
         command=("lmp_study", *sys.argv[1:]),
+        max_hours=args.max_hours,
     )
     try:
         report = study.write() if args.status else study.run()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import threads
 from ..errors import LmplayError
-from ..trial.statistics import REAL
+from ..trial.statistics import HARMFUL, REAL, UNDECIDED, WITHIN_NOISE
 from . import _args, run_command
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from ..trial.runner import Trial
     from ..trial.work import Part
+
+EXIT_STATUS = {REAL: 0, UNDECIDED: 12, WITHIN_NOISE: 11, HARMFUL: 10}  # the best first
 
 EPILOG = """The verdict: REAL (lower loss by the exact sign-flip test at the level, and lower than
 every matched baseline's), WITHIN NOISE (any effect is smaller than --smallest-effect), HARMFUL
@@ -114,6 +117,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--name", help="the trial's name (made of the plan and the ideas)")
     p.add_argument("--status", action="store_true", help="show what runs and what is known so far")
+    p.add_argument(
+        "--exit-code",
+        action="store_true",
+        help="exit with 0 for REAL, 10 for HARMFUL, 11 for WITHIN NOISE, 12 for UNDECIDED; of "
+        "several ideas for the best",
+    )
     _args.add_work(p)
     _args.add_out(p, "where runs and trials are kept")
     return p
@@ -194,17 +203,35 @@ def command(args: argparse.Namespace) -> int:
         create=not args.status,
         log=log,
         command=("lmp_trial", *sys.argv[1:]),
+        max_hours=args.max_hours,
     )
     if args.status:
         for part in trial.parts:
             show_status(part, console)
-        return 0
+        reports = [part.state().report() for part in trial.parts]
+        return exit_status(reports) if args.exit_code else 0
     try:
         report = trial.run()
     except Stopped as e:
         return e.status
     show_reports(trial, report, console)
-    return 0
+    if not args.exit_code:
+        return 0
+    if trial.contexts:
+        return exit_status(list(report["contexts"].values()))
+    return exit_status(report["sizes"] if trial.design.sizes else [report])
+
+
+def exit_status(reports: Sequence[Mapping[str, Any]]) -> int:
+    """Return the exit status for verdicts: of each idea, the word that all contexts and sizes
+    agree on (else UNDECIDED); of several ideas, that of the best."""
+    words: dict[str, set[str]] = {}
+    for report in reports:
+        for arm, verdict in report["arms"].items():
+            words.setdefault(arm, set()).add(verdict["word"])
+    agreed = {next(iter(found)) if len(found) == 1 else UNDECIDED for found in words.values()}
+    best = next((word for word in EXIT_STATUS if word in agreed), UNDECIDED)  # no pair yet
+    return EXIT_STATUS[best]
 
 
 def show_status(part: Part, console: Console) -> None:

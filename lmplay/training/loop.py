@@ -90,6 +90,7 @@ class Options:
     save_minutes: float = 5.0
     # adapts torch's threads while other processes train; None: the threads stay as they are
     share: Share | None = None
+    until: float | None = None  # seconds since 1970, when the run is stopped as by SIGTERM
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,8 @@ class Trainer:
                 # Whoever read our output through a pipe is gone.
                 if self.reporter.reader_gone and self.stop_signal is None:
                     self.stop_signal = signal.SIGPIPE
+                if self.options.until is not None and time.time() >= self.options.until:
+                    self.stop_signal = signal.SIGTERM
                 minutes = (time.monotonic() - self.last_saved) / 60
                 if minutes >= self.options.save_minutes or self.stop_signal is not None:
                     self.save()

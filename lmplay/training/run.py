@@ -76,6 +76,7 @@ class RunOptions:
     command: tuple[str, ...] = ()  # for run.json
     memory: str = ""  # result of devices.tune_memory
     threads: int | None = None  # default: OMP_NUM_THREADS, or a share of the cores
+    until: float | None = None  # seconds since 1970, when the run is stopped as by SIGTERM
     divide_cores: bool = True  # with other processes that train; False: threads stay as they are
 
 
@@ -412,7 +413,9 @@ class PreparedRun:
             job.precision,
             self.folder,
             job.reporter,
-            Options(job.options.compile_model, job.options.save_minutes, self.share),
+            Options(
+                job.options.compile_model, job.options.save_minutes, self.share, job.options.until
+            ),
             Start(self.initial, job.options.freeze, job.options.train_only),
         )
 

@@ -31,7 +31,15 @@ from .design import Design, FixedDesign
 from .queue import Queue, open_storage
 from .resolve import Arm, job_for, resized, tokens_of, with_end_point
 from .transfer import transfer
-from .work import Part, as_worker, share_out, start_worker
+from .work import (
+    Part,
+    as_worker,
+    deadline,
+    hours_left,
+    say_what_is_missing,
+    share_out,
+    start_worker,
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,9 @@ class Measurement:
         threads: int | None = None,
         log: Callable[[str], None] = print,
         command: tuple[str, ...] = (),
+        max_hours: float | None = None,
     ):
+        self.until = deadline(max_hours)
         self.arguments = {
             "training_plan": training_plan,
             "exp": exp,
@@ -162,11 +172,14 @@ class Measurement:
         Raises:
             lmplay.training.loop.Stopped: a signal asked for it; the same call continues.
         """
-        share_out([self.part], self.workers, self.start_worker, self.threads, self.log)
+        parts = [self.part]
+        share_out(parts, self.workers, self.start_worker, self.threads, self.log, self.until)
+        say_what_is_missing(parts, self.until, self.log)
         return self.write()
 
     def start_worker(self) -> subprocess.Popen[bytes]:
-        return start_worker(__name__, {**self.arguments, "threads": self.threads}, self.threads)
+        own = {"threads": self.threads, "max_hours": hours_left(self.until)}
+        return start_worker(__name__, {**self.arguments, **own}, self.threads)
 
     def certificate(self) -> Certificate:
         """Return what the runs so far say."""
@@ -263,7 +276,12 @@ def main() -> int:
     def run() -> None:
         measurement = Measurement(**arguments, log=lambda text: None)
         share_out(
-            [measurement.part], 1, measurement.start_worker, measurement.threads, measurement.log
+            [measurement.part],
+            1,
+            measurement.start_worker,
+            measurement.threads,
+            measurement.log,
+            measurement.until,
         )
 
     return as_worker(run)

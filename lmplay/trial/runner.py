@@ -26,7 +26,15 @@ from .overview import over_contexts, over_sizes
 from .queue import Queue, open_storage
 from .resolve import check, contexts_of, quoted, resolve
 from .statistics import fewest
-from .work import Part, as_worker, share_out, start_worker
+from .work import (
+    Part,
+    as_worker,
+    deadline,
+    hours_left,
+    say_what_is_missing,
+    share_out,
+    start_worker,
+)
 
 
 class Trial:
@@ -44,6 +52,7 @@ class Trial:
         create: False: raise LmplayError if there is no such trial.
         log: prints a line.
         command: the command line, which run.json keeps.
+        max_hours: after them the trial stops, with what it knows. The same call continues it.
 
     Raises:
         LmplayError: a name is unknown, values do not fit together, or the trial has begun with
@@ -62,7 +71,9 @@ class Trial:
         create: bool = True,
         log: Callable[[str], None] = print,
         command: tuple[str, ...] = (),
+        max_hours: float | None = None,
     ):
+        self.until = deadline(max_hours)
         self.design = design
         self.out = Path(out)
         self.name = name
@@ -131,7 +142,8 @@ class Trial:
                 f"with --max-seeds {self.design.max_pairs} the verdict cannot be REAL or HARMFUL: "
                 f"that needs at least {least} pairs"
             )
-        share_out(self.parts, self.workers, self._start_worker, self.threads, self.log)
+        share_out(self.parts, self.workers, self._start_worker, self.threads, self.log, self.until)
+        say_what_is_missing(self.parts, self.until, self.log)
         return self._report()
 
     def _start_worker(self) -> subprocess.Popen[bytes]:
@@ -142,6 +154,7 @@ class Trial:
             "storage": self.storage,
             "threads": self.threads,
             "command": self.command,
+            "max_hours": hours_left(self.until),
         }
         return start_worker(__name__, arguments, self.threads)
 

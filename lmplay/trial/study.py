@@ -32,7 +32,15 @@ from .queue import Queue, open_storage
 from .resolve import Arm, job_for, tokens_of, with_end_point
 from .study_plan import Range, distribution_of, find_study, load_study, shown
 from .tuning import parsed
-from .work import Part, as_worker, share_out, start_worker
+from .work import (
+    Part,
+    as_worker,
+    deadline,
+    hours_left,
+    say_what_is_missing,
+    share_out,
+    start_worker,
+)
 
 ROUND = 4  # tries that a search makes without waiting for one another
 FREE = 10  # tries of a TPE search that do not depend on earlier ones
@@ -167,7 +175,7 @@ class Study:
 
     Args:
         study: name or file.
-        out, storage, workers, threads, log, command: as in :class:`lmplay.Trial`.
+        out, storage, workers, threads, log, command, max_hours: as in :class:`lmplay.Trial`.
 
     Raises:
         LmplayError: a name is unknown, or values do not fit together.
@@ -187,7 +195,9 @@ class Study:
         create: bool = True,
         log: Callable[[str], None] = print,
         command: tuple[str, ...] = (),
+        max_hours: float | None = None,
     ):
+        self.until = deadline(max_hours)
         self.arguments = {
             "study": study,
             "device": device,
@@ -292,11 +302,13 @@ class Study:
         Raises:
             lmplay.training.loop.Stopped: a signal asked for it; the same call continues.
         """
-        share_out(self.parts, self.workers, self.start_worker, self.threads, self.log)
+        share_out(self.parts, self.workers, self.start_worker, self.threads, self.log, self.until)
+        say_what_is_missing(self.parts, self.until, self.log)
         return self.write()
 
     def start_worker(self) -> subprocess.Popen[bytes]:
-        return start_worker(__name__, {**self.arguments, "threads": self.threads}, self.threads)
+        own = {"threads": self.threads, "max_hours": hours_left(self.until)}
+        return start_worker(__name__, {**self.arguments, **own}, self.threads)
 
     def write(self) -> dict[str, Any]:
         """Write study.json and the pictures of the runs so far, and return the report."""
@@ -342,7 +354,7 @@ def main() -> int:
 
     def run() -> None:
         study = Study(**arguments, log=lambda text: None)
-        share_out(study.parts, 1, study.start_worker, study.threads, study.log)
+        share_out(study.parts, 1, study.start_worker, study.threads, study.log, study.until)
 
     return as_worker(run)
 

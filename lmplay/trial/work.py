@@ -60,21 +60,54 @@ def share_out(
     start: Callable[[], subprocess.Popen[bytes]],
     threads: int,
     log: Callable[[str], None],
+    until: float | None = None,
 ) -> None:
-    """Run all units of the parts, in this process and in `workers` - 1 that `start` starts."""
+    """Run all units of the parts, in this process and in `workers` - 1 that `start` starts.
+
+    Args:
+        until: seconds since 1970 at which the work stops, also if something is missing.
+    """
     with Share(threads):  # so that runs outside the trial make room
         others = [start() for _ in range(1, workers)]
         finished = False
         try:
             for part in parts:
-                work(part, log)
+                work(part, log, until)
             finished = True
+        except Stopped:
+            if until is None or time.time() < until:
+                raise
+            finished = True  # the time is up; the other workers stop as well
         finally:
             for worker in others:
                 if not finished:
                     worker.terminate()
                 if worker.wait() and finished:
                     log(f"a worker ended with status {worker.returncode}")
+
+
+def deadline(hours: float | None) -> float | None:
+    """Return the time, in seconds since 1970, at which work stops that may take so many hours."""
+    return None if hours is None else time.time() + 3600 * hours
+
+
+def hours_left(until: float | None) -> float | None:
+    """Return the hours until a deadline, for a worker that starts now."""
+    return None if until is None else max(0.0, until - time.time()) / 3600
+
+
+def say_what_is_missing(
+    parts: Sequence[Part], until: float | None, log: Callable[[str], None]
+) -> None:
+    """Print how many runs the work still needs that stopped because its time was up."""
+    if until is None:
+        return
+    missing = sum(len(part.state().needed()) for part in parts)
+    if missing:
+        log(
+            f"--max-hours: the time is up, and {missing} runs are missing (more may follow from "
+            "what they show); the same command continues"
+        )
 
 
 def start_worker(module: str, arguments: Any, threads: int) -> subprocess.Popen[bytes]:
@@ -84,8 +117,8 @@ def start_worker(module: str, arguments: Any, threads: int) -> subprocess.Popen[
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
 
 
-def work(part: Part, log: Callable[[str], None]) -> None:
-    """Claim and run units until the trial is over.
+def work(part: Part, log: Callable[[str], None], until: float | None = None) -> None:
+    """Claim and run units until the trial is over, or until the time leaves no room for a run.
 
     The report is written after every run, so that a page shows the progress.
 
@@ -96,6 +129,9 @@ def work(part: Part, log: Callable[[str], None]) -> None:
     owner = f"{socket.gethostname()} {os.getpid()}"
     waiting_for = ""
     while units := part.state().needed():
+        longest = max((result.seconds for result in queue.results().values()), default=0.0)
+        if until is not None and time.time() + longest > until:
+            return
         queue.offer(units)
         claimed = queue.claim(owner)
         if claimed is None:
@@ -112,7 +148,7 @@ def work(part: Part, log: Callable[[str], None]) -> None:
         log(f"{len(queue.results())} runs done; now {unit.key}")
         try:
             with queue.heartbeat(number):
-                result = run_unit(unit, part.design, part.jobs)
+                result = run_unit(unit, part.design, part.jobs, until)
         except BusyError:  # a worker that was taken for dead still trains this run
             queue.give_up(number)
             time.sleep(WAIT)
@@ -124,13 +160,19 @@ def work(part: Part, log: Callable[[str], None]) -> None:
         write_json(part.folder / "trial.json", part.state().report(), sealed=True)
 
 
-def run_unit(unit: Unit, design: FixedDesign, jobs: dict[str, Job]) -> Result:
+def run_unit(
+    unit: Unit, design: FixedDesign, jobs: dict[str, Job], until: float | None = None
+) -> Result:
     """Train one run of a trial, or resume it, and return its end point.
 
     The loss of a run that diverges is infinite.
+
+    Raises:
+        Stopped: a signal asked for it, or the time `until` (seconds since 1970) has come.
     """
     matches_size = unit.match in ("params", "flops")
     job = placed(jobs[unit.arm], unit, design)
+    job = replace(job, options=replace(job.options, until=until))
     with job.reporter:
         prepared = prepare(job.plan, job.reporter.preparing)
     control = None
