@@ -22,6 +22,7 @@ import torch
 from lmplay.files import read_json, write_json
 from lmplay.training import checkpoint
 from lmplay.training.curves import CLOCK_COLUMNS, read_curve
+from lmplay.training.loop import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -54,6 +55,14 @@ def _signals() -> None:
     """A suite in the background ignores these signals, and so would the commands it starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write a few tokens at each validation: forty take longer than a tiny model's training.
+    Commands in processes of their own write all."""
+    sample = Trainer.sample
+    monkeypatch.setattr(Trainer, "sample", lambda trainer: sample(trainer, new_tokens=3))
 
 
 @pytest.fixture(autouse=True)
