@@ -38,9 +38,10 @@ def direction(model: nn.Module, seed: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def curve(run: Path, directions: int) -> np.ndarray:
-    """Return the validation loss (directions, distances) of a run's last checkpoint."""
-    from lmplay.data.packing import ValidationSet
+def curve(run: Path, directions: int, most: int) -> np.ndarray:
+    """Return the loss (directions, distances) of a run's last checkpoint on up to `most` validation
+    sequences."""
+    from lmplay.data.packing import ValidationSet, spread, stacked
     from lmplay.data.prepare import prepare
     from lmplay.model import to_batch
     from lmplay.plan import parse_plan
@@ -50,8 +51,10 @@ def curve(run: Path, directions: int) -> np.ndarray:
     plan = parse_plan(found.run.read()["plan"], str(run))
     data = prepare(plan, lambda what, done: None)
     device = torch.device("cpu")
-    validation = ValidationSet(plan, data, found.config.max_len)
-    batches = [to_batch(arrays, slice(None), device) for arrays in validation.batches(64)]
+    sequences = ValidationSet(plan, data, found.config.max_len).sequences()
+    chosen = [sequences[int(i)] for i in spread(len(sequences), most)]
+    groups = [stacked(chosen[start : start + 64]) for start in range(0, len(chosen), 64)]
+    batches = [to_batch(arrays, slice(None), device) for arrays in groups]
     model = found.model.eval()
     start = {name: p.clone() for name, p in model.named_parameters()}
 
@@ -93,6 +96,7 @@ def draw(path: Path, curves: dict[str, np.ndarray]) -> None:
             ax.plot(DISTANCES, above.mean(0), color=color, label=name)
             ax.fill_between(DISTANCES, above.min(0), above.max(0), color=color, alpha=0.15, lw=0)
         ax.set_yscale("symlog", linthresh=0.1)
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set_xlabel("distance, in norms of each row of weights")
         ax.set_ylabel("validation loss above the end point (nats)")
         ax.grid(True, lw=0.5)
@@ -106,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="of the runs in the picture")
+    parser.add_argument("--sequences", type=int, default=512, help="of the validation set (512)")
     parser.add_argument("--out", type=Path, default=Path("sharpness.png"))
     args = parser.parse_args(argv)
     names = args.names or [run.name for run in args.runs]
@@ -113,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--names: one for each run")
     curves: dict[str, np.ndarray] = {}
     for name, run in zip(names, args.runs, strict=True):
-        curves[name] = curve(run, DIRECTIONS)
+        curves[name] = curve(run, DIRECTIONS, args.sequences)
         middle = len(DISTANCES) // 2
         above = curves[name] - curves[name][:, [middle]]
         half = above[:, [middle // 2, -1 - middle // 2]].mean()
