@@ -109,6 +109,12 @@ def clone(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     bin_folder = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
     env |= {"PYTHONPATH": str(copy_of_package(tmp_path)), "MPLBACKEND": "agg"}
+    for name, steps in (("smoke", 20), ("sketch", None)):  # shorter runs than a user's
+        path = tmp_path / "training_plans" / f"{name}.json"
+        plan = json.loads(path.read_text())
+        plan["validation"]["tokens"] = 2048
+        plan["steps"][0] |= {"steps": steps} if steps else {}
+        path.write_text(json.dumps(plan))
     return tmp_path, env
 
 
@@ -124,9 +130,6 @@ def test_commands_run_as_printed_in_their_order(
     (study,) = (lines for lang, lines in fenced((ROOT / "docs/studies.md").read_text()) if lang)
     small = {**json.loads("\n".join(study)), "tokens": 4096, "tries": 3}
     (folder / "my_study.json").write_text(json.dumps(small))
-    sketch = json.loads((folder / "training_plans" / "sketch.json").read_text())
-    sketch["validation"]["tokens"] = 4096
-    (folder / "training_plans" / "sketch.json").write_text(json.dumps(sketch))
     with forked(folder, env) as warm:
         for line in (line for doc in docs for line in commands(doc)):
             # Real runs, shortened to what a test can wait for.
