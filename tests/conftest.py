@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,20 @@ def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@contextlib.contextmanager
+def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs in this process end at an optimizer step, as by Ctrl-C."""
+    finish_step = Trainer.finish_step
+
+    def stop(trainer: Trainer, *args: Any) -> None:
+        finish_step(trainer, *args)
+        trainer.stop_signal = signal.SIGINT if trainer.state.step == step else None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "finish_step", stop)
+        yield
 
 
 def run_command(

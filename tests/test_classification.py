@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Command, assert_equal_to_the_bit, one_line
+from conftest import Command, assert_equal_to_the_bit, one_line, stopped_at
 from pytorch_optimizer import SWATS
 from sklearn import metrics as reference
 from starlette.testclient import TestClient
@@ -32,8 +31,7 @@ from lmplay.model import build_model, parameter_counts
 from lmplay.plan import Plan, load_plan
 from lmplay.serving.engine import Engine, Request
 from lmplay.serving.http import make_app
-from lmplay.training.loop import Trainer
-from lmplay.training.stream import backward_transfer, progressive
+from lmplay.training.stream import backward_transfer, progressive, record_of
 from lmplay.training.swats import Swats
 
 SOURCES = discover.list_sources()
@@ -140,10 +138,10 @@ def test_an_example_is_a_sequence_and_its_padding_counts_nothing(tmp_path: Path)
         ids, targets = examples.sequence(number)
         (place,) = np.flatnonzero(targets != IGNORE)
         prompt = bytes(ids[: place + 1].tolist()).decode()
-        (whole,) = [text for text in texts if text.endswith(prompt)]
-        assert len(prompt) == min(32, len(whole)), "a long prompt loses its beginning"
+        (complete,) = [text for text in texts if text.endswith(prompt)]
+        assert len(prompt) == min(32, len(complete)), "a long prompt loses its beginning"
         assert plan.classify is not None
-        assert plan.classify.labels[targets[place]] == texts[whole]
+        assert plan.classify.labels[targets[place]] == texts[complete]
         assert not ids[place + 1 :].any()
 
 
@@ -266,6 +264,8 @@ def test_progressive_loss_and_backward_transfer_by_hand() -> None:
     loss, correct, count = progressive(rows)
     assert (loss, correct, count) == (50.0, 20.0, 40), "without the first window"
     assert backward_transfer(rows) == pytest.approx(((1.3 - 1.0) + (0.4 - 0.5)) / 2)
+    without = rows[rows["held_out"] == 0]
+    assert record_of(without) == {"windows": 3}, "JSON has no NaN"
 
 
 def test_the_schedule_begins_again_in_each_window(command: Command, tmp_path: Path) -> None:
@@ -289,14 +289,7 @@ def test_it_learns_resumes_and_reports(
     steps = [{"step_name": "moods", "datasets": ["moods"], "steps": 60}]
     plan = write_plan(tmp_path, classify={"labels": labels, "label_as": label_as}, steps=steps)
     train = ("lmp_trainer", "--exp", "llama", "--training-plan", str(plan))
-    finish_step = Trainer.finish_step
-
-    def stop_at_7(trainer: Trainer, *args: Any) -> None:
-        finish_step(trainer, *args)
-        trainer.stop_signal = signal.SIGINT if trainer.state.step == 7 else None
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "finish_step", stop_at_7)
+    with stopped_at(7, monkeypatch):
         assert command(*train, "--mini-batch-size", "8").returncode == 130
     done = command(*train, "--mini-batch-size", "8")
     assert done.returncode == 0, done.stderr
@@ -330,14 +323,7 @@ def test_a_stream_resumes_and_reports(
 ) -> None:
     plan = write_plan(tmp_path, steps=STREAM)
     train = ("lmp_trainer", "--exp", "gpt2ish", "--training-plan", str(plan))
-    finish_step = Trainer.finish_step
-
-    def stop_at_7(trainer: Trainer, *args: Any) -> None:
-        finish_step(trainer, *args)
-        trainer.stop_signal = signal.SIGINT if trainer.state.step == 7 else None
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "finish_step", stop_at_7)
+    with stopped_at(7, monkeypatch):
         assert command(*train, "--mini-batch-size", "8").returncode == 130
     done = command(*train, "--mini-batch-size", "8")
     assert done.returncode == 0, done.stderr
@@ -497,7 +483,7 @@ def test_swats_becomes_sgd_with_the_rate_that_it_found() -> None:
             torch.testing.assert_close(p.detach(), before - 0.1 * rate * momentum)
 
 
-# ---------------------------------------------------------------- what a user can mend
+# ---------------------------------------------------------------- errors that a user can fix
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,16 @@ from __future__ import annotations
 
 import ast
 import math
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import Command, assert_equal_to_the_bit, write_plan
+from conftest import Command, assert_equal_to_the_bit, stopped_at, write_plan
 
 from lmplay import discover, testing
 from lmplay.api import Batch
 from lmplay.changes import check_marks
 from lmplay.model import build_model
-from lmplay.training.loop import Trainer
 
 SOURCES = discover.list_sources()
 VARIANTS = [v for s in SOURCES for v in s.variants]
@@ -124,14 +121,7 @@ def test_trains_resumes_and_generates(
         "--mini-batch-size",
         "4",
     )
-    finish_step = Trainer.finish_step
-
-    def stop_at_5(trainer: Trainer, *args: Any) -> None:
-        finish_step(trainer, *args)
-        trainer.stop_signal = signal.SIGINT if trainer.state.step == 5 else None
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "finish_step", stop_at_5)
+    with stopped_at(5, monkeypatch):
         assert command(*train).returncode == 130
     again = command(*train)
     assert again.returncode == 0, again.stderr

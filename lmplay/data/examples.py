@@ -1,4 +1,4 @@
-"""Labeled examples: prompts whose label is to be told, each a sequence of its own.
+"""Labeled examples: prompts with the label to predict, each a sequence of its own.
 
 A document of a classification is a prompt and its label. Its tokens are stored like those of other
 text (:mod:`.token_files`), with a record that says where it begins and which label it has.

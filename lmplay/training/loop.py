@@ -347,8 +347,7 @@ class Trainer:
         Args:
             ahead: include the step about to run, so that the last step has the schedule's end.
         """
-        index = self.state.index + ahead
-        by_steps = index / self.max_steps()
+        by_steps = (self.state.index + ahead) / self.max_steps()
         minutes = self.stage.minutes
         by_time = self.state.step_seconds / (60 * minutes) if minutes else 0.0
         return min(1.0, max(by_steps, by_time, 1e-9))

@@ -70,7 +70,7 @@ def make_console() -> Output:
 
 
 def bits(row: Mapping[str, float], before: str, digits: int) -> str:
-    """Return a row's bits per byte for a line of text; "" where labels are told, not text."""
+    """Return a row's bits per byte for a line of text; "" where a model predicts labels."""
     return "" if math.isnan(row["bpb"]) else f"{before}{row['bpb']:.{digits}f}"
 
 

@@ -126,17 +126,21 @@ def sentence(rows: pd.DataFrame, windows: Windows, classes: int) -> str:
         shares = windows.label_frequencies(number, classes)
         counted -= float(np.log(shares[labels[windows.windows[number].examples]]).sum())
     loss, correct, count = progressive(rows)
+    transfer = backward_transfer(rows)
+    forgotten = (
+        "no held-out examples for backward transfer"
+        if math.isnan(transfer)
+        else f"backward transfer {transfer:+.3f} (above 0: earlier windows were forgotten)"
+    )
     return (
         f"{len(tested)} windows tested before training on them, {count} examples: loss "
         f"{loss / count:.3f} (the labels' frequencies in the windows before: "
-        f"{counted / count:.3f}), accuracy {100 * correct / count:.1f} %; backward transfer "
-        f"{backward_transfer(rows):+.3f} (above 0: earlier windows were forgotten)"
+        f"{counted / count:.3f}), accuracy {100 * correct / count:.1f} %; {forgotten}"
     )
 
 
 def record_of(rows: pd.DataFrame) -> dict[str, Any]:
     """Return the figures of a finished stream for a run's summary."""
-    return {
-        "windows": int((rows["held_out"] == 0).sum()),
-        "backward_transfer": backward_transfer(rows),
-    }
+    transfer = backward_transfer(rows)
+    known = {} if math.isnan(transfer) else {"backward_transfer": transfer}  # JSON has no NaN
+    return {"windows": int((rows["held_out"] == 0).sum()), **known}

@@ -87,7 +87,7 @@ def share_out(
 
 
 def deadline(hours: float | None) -> float | None:
-    """Return the time, in seconds since 1970, at which work stops that may take so many hours."""
+    """Return the time, in seconds since 1970, at which work with this limit in hours stops."""
     return None if hours is None else time.time() + 3600 * hours
 
 
